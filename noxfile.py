@@ -1,0 +1,58 @@
+"""One-command habits, in the environment that is active: `pip install -e ".[dev]"`, then `nox`."""
+
+from __future__ import annotations
+
+import tempfile
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "tests"]
+
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests, or some: `nox -s tests -- -k step`."""
+    session.run("python", "-m", "pytest", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Form, the floors between the rooms, types."""
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Pages into docs/_build; warnings are errors, examples run."""
+    examples = ("--doctest-plus", "--doctest-modules", "--doctest-glob", "*.rst")
+    session.run("python", "-m", "pytest", "-q", *examples, "linattn", "docs", env=ONE_THREAD)
+    session.run("python", "-m", "sphinx", "-W", "-q", "docs", "docs/_build")
+
+
+@nox.session
+def measure(session: nox.Session) -> None:
+    """The tables of measured errors and times in docs/measured."""
+    session.run("python", "scripts/measure_docs.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Tests, then asv on the installed package: speed only on green."""
+    tests(session)
+    with session.chdir("asv_bench"):
+        session.run("asv", "machine", "--yes", "--machine", "local")
+        session.run("asv", "run", "-m", "local", "--python=same", *(session.posargs or ["--quick"]))
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """A wheel and an sdist, checked; they are not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", folder)
+        session.run("twine", "check", "--strict", f"{folder}/*")
