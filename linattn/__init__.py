@@ -1,0 +1,30 @@
+"""Efficient attentions on plain arrays: forward, hand-derived backward, exact streaming states.
+
+A mechanism is a small frozen value that is called on arrays; see `CosFormer`, `Linear`, `Softmax`.
+"""
+
+from __future__ import annotations
+
+from linattn import instruments
+from linattn.engines.features import FeatureMap
+from linattn.mechanisms.attention import State
+from linattn.mechanisms.cosformer import CosFormer, cosformer
+from linattn.mechanisms.linear import Linear, linear_attention
+from linattn.mechanisms.softmax import Softmax, softmax_attention
+from linattn.states import load_state, save_state
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CosFormer",
+    "FeatureMap",
+    "Linear",
+    "Softmax",
+    "State",
+    "cosformer",
+    "instruments",
+    "linear_attention",
+    "load_state",
+    "save_state",
+    "softmax_attention",
+]

@@ -1,0 +1,150 @@
+"""The only place that asks "which array library is this?", and what the libraries do not agree on.
+
+Requirements on a library: the array API standard 2024.12 as `array_api_compat` gives it. Nothing here imports
+a library that its user has not imported.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import array_api_compat as compat
+import array_api_extra as xpx
+import numpy as np
+
+Array = Any
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def namespace(x: Array) -> Any:
+    """The array API namespace of `x`; None if `x` is not an array."""
+    try:
+        return compat.array_namespace(x)
+    except TypeError:
+        return None
+
+
+def library(x: Array) -> str:
+    """Name of the library `x` comes from ("numpy", "torch", ...); for anything else its type's name."""
+    kind = type(x)
+    if issubclass(kind, np.ndarray):
+        return "numpy"
+    if namespace(x) is None:
+        return kind.__name__
+    name = kind.__module__.partition(".")[0]
+    return "jax" if name == "jaxlib" else name
+
+
+def is_masked(x: Array) -> bool:
+    return isinstance(x, np.ma.MaskedArray)
+
+
+def is_lazy(x: Array) -> bool:
+    """True where values cannot be read: tracers, and every array of JAX and dask."""
+    return bool(compat.is_lazy_array(x))
+
+
+def is_immutable(x: Array) -> bool:
+    """True if no array of this library can be assigned to (JAX, dask)."""
+    return not isinstance(x, np.ndarray) and not compat.is_writeable_array(x)
+
+
+def is_read_only(x: Array) -> bool:
+    return not compat.is_writeable_array(x)
+
+
+def share_memory(x: Array, y: Array) -> bool:
+    """Whether writing to `x` may change `y`. Libraries that do not tell are asked for the same object only."""
+    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+        return bool(np.may_share_memory(x, y))
+    return x is y
+
+
+def device(x: Array) -> Any:
+    """The device of `x`, None under a tracer."""
+    return compat.device(x)
+
+
+def dtype_name(x: Array) -> str:
+    """The dtype's name on every library, ml_dtypes included: "float32", "bfloat16", "int64", ..."""
+    if isinstance(x, np.ndarray):
+        return str(x.dtype.name)
+    return str(x.dtype).rpartition(".")[2]
+
+
+def plain(x: Array) -> Array:
+    """`x` as its library's own array in native byte order: no copy unless the bytes are swapped."""
+    if type(x) is np.ndarray and x.dtype.isnative:
+        return x
+    if isinstance(x, np.ndarray):
+        return np.asarray(x, dtype=x.dtype.newbyteorder("="))
+    return x
+
+
+def accumulator(x: Array, xp: Any) -> Any:
+    """The dtype in which sums over `x` are made: float64 for float64, else float32."""
+    return xp.float64 if dtype_name(x) == "float64" else xp.float32
+
+
+def wide(x: Array, xp: Any) -> Any:
+    """float64 where the library of `x` has it (JAX only when told), else the dtype of `x`: for running totals."""
+    if library(x) == "jax" and "float64" not in xp.__array_namespace_info__().dtypes(kind="real floating"):
+        return x.dtype
+    return xp.float64
+
+
+def arange(first: int, count: int, like: Array, xp: Any) -> Array:
+    """first, first + 1, ... in the widest real dtype of the library, on the device of `like`."""
+    return xp.arange(first, first + count, dtype=wide(like, xp), device=device(like))
+
+
+def constant(x: Array, like: Array, xp: Any) -> Array:
+    """Numbers of this library or of NumPy, as reals in the widest dtype on the device of `like`."""
+    if library(x) != library(like):
+        x = xp.asarray(np.array(x), device=device(like))  # a copy: some libraries would share the memory
+    return cast(x, wide(like, xp), xp)
+
+
+def cast(x: Array, dtype: Any, xp: Any) -> Array:
+    """`x` in `dtype`, without a copy if it has it."""
+    return x if x.dtype == dtype else xp.astype(x, dtype)
+
+
+def quiet(like: Array) -> AbstractContextManager[Any]:
+    """NaN and inf are results, not news: inside, NumPy does not warn of them."""
+    return np.errstate(all="ignore") if isinstance(like, np.ndarray) else nullcontext()
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """A NumPy array of the same values, on the host: for measuring, never on the way of the data."""
+    if isinstance(x, np.ndarray):
+        return x
+    if library(x) == "torch":
+        return np.asarray(x.detach().cpu())
+    return np.asarray(x)
+
+
+def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The common shape. Raises `ValueError` if there is none."""
+    return tuple(xpx.broadcast_shapes(*shapes))
+
+
+def unbroadcast(x: Array, shape: tuple[int, ...], xp: Any) -> Array:
+    """The VJP of broadcasting to the shape of `x`: summed over the axes that `shape` lacks or has as 1."""
+    if tuple(x.shape) == tuple(shape):
+        return x
+    extra = x.ndim - len(shape)
+    stretched = tuple(
+        axis for axis in range(x.ndim) if axis < extra or (shape[axis - extra] == 1 and x.shape[axis] != 1)
+    )
+    total = xp.sum(x, axis=stretched, keepdims=True, dtype=x.dtype)
+    return xp.reshape(total, tuple(shape))
+
+
+def fill(out: Array | None, x: Array) -> Array:
+    """`x`, or `out` with the values of `x` written to it."""
+    if out is None:
+        return x
+    out[...] = x
+    return out

@@ -1,0 +1,1 @@
+"""How tokens mix: one file an engine, with the derivation of its VJP."""

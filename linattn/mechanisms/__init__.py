@@ -1,0 +1,1 @@
+"""What the papers name: one file a mechanism. None imports another; what they share is in attention.py."""
