@@ -10,30 +10,38 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import array_api_compat as compat
-import array_api_extra as xpx
 import numpy as np
 
 Array = Any
+_NUMPY: Any = np  # follows the standard by itself; the compat namespace would load numpy.f2py and numpy.testing
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def namespace(x: Array) -> Any:
     """The array API namespace of `x`; None if `x` is not an array."""
+    if isinstance(x, np.ndarray):
+        return _NUMPY
+    if _root(x) == "torch":
+        import array_api_compat.torch as torch_namespace  # its user has torch; compilers trace through this line
+
+        return torch_namespace if hasattr(x, "layout") else None
     try:
         return compat.array_namespace(x)
     except TypeError:
         return None
 
 
+def _root(x: Any) -> str:
+    return type(x).__module__.partition(".")[0]
+
+
 def library(x: Array) -> str:
     """Name of the library `x` comes from ("numpy", "torch", ...); for anything else its type's name."""
-    kind = type(x)
-    if issubclass(kind, np.ndarray):
+    if isinstance(x, np.ndarray):
         return "numpy"
     if namespace(x) is None:
-        return kind.__name__
-    name = kind.__module__.partition(".")[0]
-    return "jax" if name == "jaxlib" else name
+        return type(x).__name__
+    return _root(x).removesuffix("lib")  # jaxlib
 
 
 def is_masked(x: Array) -> bool:
@@ -42,7 +50,7 @@ def is_masked(x: Array) -> bool:
 
 def is_lazy(x: Array) -> bool:
     """True where values cannot be read: tracers, and every array of JAX and dask."""
-    return bool(compat.is_lazy_array(x))
+    return _root(x) not in ("numpy", "torch") and bool(compat.is_lazy_array(x))
 
 
 def is_immutable(x: Array) -> bool:
@@ -63,7 +71,7 @@ def share_memory(x: Array, y: Array) -> bool:
 
 def device(x: Array) -> Any:
     """The device of `x`, None under a tracer."""
-    return compat.device(x)
+    return x.device if _root(x) in ("numpy", "torch") else compat.device(x)
 
 
 def dtype_name(x: Array) -> str:
@@ -126,8 +134,15 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """The common shape. Raises `ValueError` if there is none."""
-    return tuple(xpx.broadcast_shapes(*shapes))
+    """The common shape. Raises `ValueError` if there is none. (Written out: compilers trace through it.)"""
+    common = [1] * max(len(shape) for shape in shapes)
+    for shape in shapes:
+        for axis, size in enumerate(shape, start=len(common) - len(shape)):
+            if common[axis] == 1:
+                common[axis] = size
+            elif size not in (1, common[axis]):
+                raise ValueError(f"{', '.join(map(str, shapes))} do not broadcast.")
+    return tuple(common)
 
 
 def unbroadcast(x: Array, shape: tuple[int, ...], xp: Any) -> Array:

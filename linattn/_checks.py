@@ -7,6 +7,7 @@ for values and shapes. Checks read shapes and dtypes; the data of q, k and v are
 from __future__ import annotations
 
 import operator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,7 @@ def alike(**arrays: Array) -> Any:
 def axes(**arrays: Array) -> None:
     for name, x in arrays.items():
         if x.ndim < 2:
-            raise ValueError(
-                f"`{name}` must have at least 2 axes (tokens, channels), got shape {tuple(x.shape)}."
-            )
+            raise ValueError(f"`{name}` must have at least 2 axes (tokens, channels), got shape {tuple(x.shape)}.")
 
 
 def leading(**shapes: tuple[int, ...]) -> tuple[int, ...]:
@@ -83,9 +82,7 @@ def keys_values(k: Array, v: Array) -> Any:
     xp = alike(k=k, v=v)
     axes(k=k, v=v)
     if k.shape[-2] != v.shape[-2]:
-        raise ValueError(
-            f"k and v must have the same number of tokens, got k {tuple(k.shape)} and v {tuple(v.shape)}."
-        )
+        raise ValueError(f"k and v must have the same number of tokens, got k {tuple(k.shape)} and v {tuple(v.shape)}.")
     return xp
 
 
@@ -142,25 +139,16 @@ def key_mask(mask: Any, k: Array, lead: tuple[int, ...]) -> tuple[int, ...]:
 def segments(cu_seqlens: Any, n_queries: int, n_keys: int) -> list[tuple[int, int]]:
     """[(first, last), ...] of the packed sequences."""
     if _arrays.is_masked(cu_seqlens) or (hasattr(cu_seqlens, "dtype") and _arrays.is_lazy(cu_seqlens)):
-        raise TypeError(
-            "`cu_seqlens` must hold readable integers (it decides shapes), got a traced or masked array."
-        )
+        raise TypeError("`cu_seqlens` must hold readable integers (it decides shapes), got a traced or masked array.")
     if n_queries != n_keys:
-        raise ValueError(
-            f"`cu_seqlens` is for self-attention, it needs N == M, got N = {n_queries} and M = {n_keys}."
-        )
+        raise ValueError(f"`cu_seqlens` is for self-attention, it needs N == M, got N = {n_queries} and M = {n_keys}.")
     try:
         edges = [operator.index(x) for x in _arrays.to_numpy(cu_seqlens).ravel()]
     except TypeError:
         raise TypeError(f"`cu_seqlens` must hold integers, got {cu_seqlens!r}.") from None
-    if (
-        not edges
-        or edges[0] != 0
-        or edges[-1] != n_keys
-        or any(a > b for a, b in zip(edges, edges[1:], strict=False))
-    ):
+    if not edges or edges[0] != 0 or edges[-1] != n_keys or any(a > b for a, b in pairwise(edges)):
         raise ValueError(f"`cu_seqlens` must rise from 0 to N = {n_keys} (repeats are fine), got {edges}.")
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def result(name: str, out: Any, shape: tuple[int, ...], like: Array, *inputs: Array) -> None:
@@ -192,9 +180,7 @@ def cotangent(name: str, d_x: Any, x_name: str, shape: tuple[int, ...], like: Ar
             f"`{name}` must have the dtype of `{x_name}` ({_arrays.dtype_name(like)}), got {_arrays.dtype_name(d_x)}."
         )
     if tuple(d_x.shape) != tuple(shape):
-        raise ValueError(
-            f"`{name}` must have the shape of `{x_name}` {tuple(shape)}, got {tuple(d_x.shape)}."
-        )
+        raise ValueError(f"`{name}` must have the shape of `{x_name}` {tuple(shape)}, got {tuple(d_x.shape)}.")
 
 
 def not_offered(mechanism: Any, what: str, why: str) -> ValueError:
@@ -204,9 +190,7 @@ def not_offered(mechanism: Any, what: str, why: str) -> ValueError:
 # -- positions --------------------------------------------------------------------------------------------------
 
 
-def positions(
-    value: Any, q: Array, k: Array, lead: tuple[int, ...]
-) -> tuple[tuple[Any, Any], tuple[int, ...]]:
+def positions(value: Any, q: Array, k: Array, lead: tuple[int, ...]) -> tuple[tuple[Any, Any], tuple[int, ...]]:
     """`positions` (..., N), or a pair for q and k, as a pair; and the leading shape with theirs."""
     pair = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
     for p, x, tokens in zip(pair, (q, k), ("N", "M"), strict=True):
@@ -220,7 +204,7 @@ def positions(
                 f"got {_arrays.library(p)}."
             )
         lead = _joins("positions", p, x.shape[-2], tokens, lead)
-    return pair, lead
+    return (pair[0], pair[1]), lead
 
 
 def position_outside(mechanism: Any, position: float, length: int) -> ValueError:
@@ -230,20 +214,16 @@ def position_outside(mechanism: Any, position: float, length: int) -> ValueError
 # -- states -----------------------------------------------------------------------------------------------------
 
 
-def state_of(mechanism: Any, state: Any, kind: type) -> None:
+def state_of(mechanism: Any, state: Any, kind: Any) -> None:
     if not isinstance(state, kind):
-        raise TypeError(
-            f"`state` must be a state made by `{mechanism!r}.init_state`, got {type(state).__name__}."
-        )
+        raise TypeError(f"`state` must be a state made by `{mechanism!r}.init_state`, got {type(state).__name__}.")
     if state.attend != mechanism:
         raise ValueError(f"`state` was made by `{state.attend!r}`, it cannot be used with `{mechanism!r}`.")
 
 
 def same_library(x: Array, y: Array) -> None:
     if _arrays.library(x) != _arrays.library(y):
-        raise TypeError(
-            f"Both states must hold arrays of one library, got {_arrays.library(x)}, {_arrays.library(y)}."
-        )
+        raise TypeError(f"Both states must hold arrays of one library, got {_arrays.library(x)}, {_arrays.library(y)}.")
 
 
 def state_arrays(name: str, came: dict[str, Any], want: dict[str, tuple[tuple[int, ...], str, str]]) -> None:
@@ -256,9 +236,7 @@ def state_arrays(name: str, came: dict[str, Any], want: dict[str, tuple[tuple[in
         if _arrays.dtype_name(x) != dtype:
             raise TypeError(f"`{name}` must hold {dtype}, got {_arrays.dtype_name(x)}.")
         if tuple(x.shape) != shape:
-            raise ValueError(
-                f"`{name}` does not fit: its `{field}` must have shape {shape}, got {tuple(x.shape)}."
-            )
+            raise ValueError(f"`{name}` does not fit: its `{field}` must have shape {shape}, got {tuple(x.shape)}.")
 
 
 # -- a mechanism's own parameters -------------------------------------------------------------------------------
@@ -304,15 +282,11 @@ def backend_name(backend: Any) -> None:
 
 
 def backend_arrays(backend: str, library: str, wants: str) -> TypeError:
-    return TypeError(
-        f"`backend={backend!r}` takes {wants} arrays, got {library}: they are not moved for you."
-    )
+    return TypeError(f"`backend={backend!r}` takes {wants} arrays, got {library}: they are not moved for you.")
 
 
 def backend_lacks(backend: str, what: str) -> ValueError:
-    return ValueError(
-        f"`backend={backend!r}`: {backend} has no {what}; use the reference or leave `backend` out."
-    )
+    return ValueError(f"`backend={backend!r}`: {backend} has no {what}; use the reference or leave `backend` out.")
 
 
 def backend_missing(backend: str, extra: str, reason: str) -> ImportError:

@@ -43,7 +43,7 @@ def save_state(file: str | os.PathLike[str], state: State) -> None:
     Raises
     ------
     TypeError
-        If the arrays are not NumPy's, or the mechanism has a parameter that is not plain data (a FeatureMap of your own).
+        If the arrays are not NumPy's, or a parameter of the mechanism is not plain data (a FeatureMap of your own).
     """
     if not isinstance(state, State):
         raise TypeError(f"`state` must be a State, got {type(state).__name__}.")
@@ -59,9 +59,7 @@ def save_state(file: str | os.PathLike[str], state: State) -> None:
         "kind": type(state.arrays).__name__,
         "start": state.start,
         "position": state.position,
-        "arrays": {
-            name: {"dtype": _arrays.dtype_name(x), "shape": list(x.shape)} for name, x in arrays.items()
-        },
+        "arrays": {name: {"dtype": _arrays.dtype_name(x), "shape": list(x.shape)} for name, x in arrays.items()},
     }
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
     members = {"header": text, **{name: _storable(x) for name, x in arrays.items()}}
@@ -103,9 +101,7 @@ def load_state(file: str | os.PathLike[str]) -> State:
 def _read(archive: zipfile.ZipFile) -> State:
     header = json.loads(_member(archive, "header", np.dtype(np.uint8), None).tobytes())
     if header["magic"] != MAGIC or header["version"] != VERSION:
-        raise ValueError(
-            f"expected {MAGIC!r} of version {VERSION}, got {header['magic']!r} of {header['version']!r}."
-        )
+        raise ValueError(f"expected {MAGIC!r} of version {VERSION}, got {header['magic']!r} of {header['version']!r}.")
     extra = set(header) - {
         "magic",
         "version",
@@ -142,9 +138,7 @@ def _read(archive: zipfile.ZipFile) -> State:
     return State(attend, kind(**{name: arrays.get(name) for name in kind._fields}), start, position)
 
 
-def _member(
-    archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...] | None
-) -> np.ndarray:
+def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...] | None) -> np.ndarray:
     """One array; its own header and its size are compared with what is expected before it is read."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
@@ -157,14 +151,8 @@ def _member(
         n_bytes = info.file_size - stream.tell()
         limit = HEADER_LIMIT if shape is None else math.prod(shape) * dtype.itemsize
         fits = came_dtype == dtype and not fortran and n_bytes == math.prod(came_shape) * dtype.itemsize
-        if (
-            not fits
-            or (shape is None and n_bytes > limit)
-            or (shape is not None and tuple(came_shape) != shape)
-        ):
-            raise ValueError(
-                f"{name} must be {dtype} {shape}, got {came_dtype} {came_shape} in {n_bytes} bytes."
-            )
+        if not fits or (shape is None and n_bytes > limit) or (shape is not None and tuple(came_shape) != shape):
+            raise ValueError(f"{name} must be {dtype} {shape}, got {came_dtype} {came_shape} in {n_bytes} bytes.")
         data = stream.read(n_bytes + 1)
     if len(data) != n_bytes:
         raise ValueError(f"{name} has {len(data)} bytes, not {n_bytes}.")
@@ -191,9 +179,7 @@ def _plain_parameters(attend: Any) -> dict[str, Any]:
     parameters = {field.name: getattr(attend, field.name) for field in fields(attend)}
     for name, value in parameters.items():
         if not (value is None or isinstance(value, (bool, int, float, str, tuple))):
-            raise TypeError(
-                f"`state` cannot be saved: `{name}` of `{attend!r}` is not plain data, got {value!r}."
-            )
+            raise TypeError(f"`state` cannot be saved: `{name}` of `{attend!r}` is not plain data, got {value!r}.")
     return parameters
 
 

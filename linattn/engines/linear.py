@@ -71,7 +71,8 @@ def empty_state(shape: tuple[int, ...], like: Array, xp: Any) -> LinearState:
 
 
 def forward(
-    q: Array, k: Array, v: Array, state: LinearState | None, options: Options, *, room: ModuleType, out: Array | None, xp: Any
+    q: Array, k: Array, v: Array, state: LinearState | None, options: Options,
+    *, room: ModuleType, out: Array | None, xp: Any,
 ) -> tuple[Array, LinearState, Saved]:  # fmt: skip
     """out (..., N, E), the state after all keys, and what `backward` needs.
 

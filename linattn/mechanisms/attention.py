@@ -45,9 +45,7 @@ class State:
     position: int = 0
 
     def __repr__(self) -> str:
-        shapes = ", ".join(
-            f"{name} {tuple(x.shape)}" for name, x in self.arrays._asdict().items() if x is not None
-        )
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in self.arrays._asdict().items() if x is not None)
         return f"State of {self.attend!r}, tokens {self.start} to {self.position}: {shapes}"
 
 
@@ -151,7 +149,8 @@ class Attention:
         return self._run_weights(q, k, causal, key_mask, cu_seqlens, None)
 
     def _run(
-        self, q: Any, k: Any, v: Any, causal: bool, key_mask: Any, cu_seqlens: Any, positions: Any, backend: Any, out: Any
+        self, q: Any, k: Any, v: Any,
+        causal: bool, key_mask: Any, cu_seqlens: Any, positions: Any, backend: Any, out: Any,
     ) -> tuple[Array, Callable[..., tuple[Array, Array, Array]]]:  # fmt: skip
         xp = _checks.queries_keys_values(q, k, v)
         q, k, v = _arrays.plain(q), _arrays.plain(k), _arrays.plain(v)
@@ -175,7 +174,8 @@ class Attention:
         return y, backward
 
     def _packed(
-        self, q: Array, k: Array, v: Array, segments: list[tuple[int, int]], call: Call, out: Any, shape: tuple[int, ...]
+        self, q: Array, k: Array, v: Array,
+        segments: list[tuple[int, int]], call: Call, out: Any, shape: tuple[int, ...],
     ) -> tuple[Array, Callable[..., tuple[Array, Array, Array]]]:  # fmt: skip
         """Each segment is a call of its own: state, positions and chunk grid start again."""
         xp = call.xp
@@ -202,13 +202,11 @@ class Attention:
                     for (a, b), own, saved in zip(segments, calls, kept, strict=True)
                 ]
             whole = (_joined([g[i] for g in grads], tuple(x.shape), x, xp) for i, x in enumerate((q, k, v)))
-            return tuple(_arrays.fill(o, x) for o, x in zip(out or (None, None, None), whole, strict=True))  # type: ignore[return-value]
+            return tuple(_arrays.fill(o, x) for o, x in zip(out or (None, None, None), whole, strict=True))
 
         return whole, backward
 
-    def _run_weights(
-        self, q: Any, k: Any, causal: bool, key_mask: Any, cu_seqlens: Any, positions: Any
-    ) -> Array:
+    def _run_weights(self, q: Any, k: Any, causal: bool, key_mask: Any, cu_seqlens: Any, positions: Any) -> Array:
         xp = _checks.queries_keys(q, k)
         q, k = _arrays.plain(q), _arrays.plain(k)
         call, lead = self._checked(q, k, k, causal, key_mask, positions, None, xp)
@@ -221,12 +219,9 @@ class Attention:
             own = _segment(call, a, b)
             self._refuse(own, streaming=False)
             with _arrays.quiet(q):
-                block = xp.broadcast_to(
-                    self._weights(q[..., a:b, :], k[..., a:b, :], own), (*lead, b - a, b - a)
-                )
+                block = xp.broadcast_to(self._weights(q[..., a:b, :], k[..., a:b, :], own), (*lead, b - a, b - a))
             before, after = (
-                xp.zeros((*lead, b - a, width), dtype=q.dtype, device=_arrays.device(q))
-                for width in (a, n_tokens - b)
+                xp.zeros((*lead, b - a, width), dtype=q.dtype, device=_arrays.device(q)) for width in (a, n_tokens - b)
             )
             rows.append(xp.concat([before, block, after], axis=-1))
         return _joined(rows, (*lead, n_tokens, n_tokens), q, xp)
@@ -362,9 +357,7 @@ class Attention:
     def _refuse(self, call: Call, streaming: bool) -> None:
         """Raises for calls that the mechanism does not offer; by default it offers all."""
 
-    def _forward(
-        self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any
-    ) -> tuple[Array, Any, Any]:
+    def _forward(self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any) -> tuple[Array, Any, Any]:
         raise NotImplementedError
 
     def _backward(
@@ -414,9 +407,7 @@ def _check_results(out: Any, primals: tuple[Array, Array, Array], *inputs: Array
         _checks.result(f"out: {name}", o, tuple(x.shape), x, *primals, *inputs)
     for i, name in ((1, "d_k"), (2, "d_v")):
         if any(_arrays.share_memory(out[i], other) for other in out[:i]):
-            raise ValueError(
-                f"`out: {name}` must not overlap with another result, got one that shares memory."
-            )
+            raise ValueError(f"`out: {name}` must not overlap with another result, got one that shares memory.")
 
 
 def _check_state(arrays: Any, like: Any, name: str) -> None:

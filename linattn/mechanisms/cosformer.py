@@ -19,7 +19,7 @@ class CosFormer(FeatureAttention):
     """cosFormer attention: ReLU features, weighed by the cosine of the distance.
 
         out[t] = sum_s w(t, s) (phi(q[t]) . phi(k[s])) v[s] / sum_s w(t, s) (phi(q[t]) . phi(k[s]))
-        phi(x) = max(x, 0),   w(t, s) = cos(angle(t) - angle(s)),   angle(p) = pi p / (2 length)       (paper, section 3)
+        phi(x) = max(x, 0),   w(t, s) = cos(angle(t) - angle(s)),   angle(p) = pi p / (2 length)       (section 3)
 
     Parameters
     ----------
@@ -166,19 +166,19 @@ class CosFormer(FeatureAttention):
                 self._check_positions(p, length, xp)
             turns.append(_arrays.cast(angle_table(p, length, xp), _arrays.accumulator(like, xp), xp))
         if call.positions is None and self.align == "start":
-            last = first + max(n_queries, n_keys) - 1
-            if last > length:
-                raise _checks.position_outside(self, length + 1, length)
+            self._check_last(first + max(n_queries, n_keys) - 1, length)
         return turns[0], turns[1]
+
+    def _check_last(self, last: int, length: Any) -> None:
+        if last > length:
+            raise _checks.position_outside(self, length + 1, length)
 
     def _check_positions(self, p: Array, length: int, xp: Any) -> None:
         if _arrays.is_lazy(p):
             return
         outside = ~((p >= 0) & (p <= length))
         if bool(xp.any(outside)):
-            first_bad = xp.reshape(p, (-1,))[
-                int(xp.argmax(_arrays.cast(xp.reshape(outside, (-1,)), xp.int8, xp)))
-            ]
+            first_bad = xp.reshape(p, (-1,))[int(xp.argmax(_arrays.cast(xp.reshape(outside, (-1,)), xp.int8, xp)))]
             raise _checks.position_outside(self, float(first_bad), length)
 
     # -- what it cannot do --------------------------------------------------------------------------------------------
@@ -194,18 +194,12 @@ class CosFormer(FeatureAttention):
             (call.key_mask is not None, "take `key_mask`: the true lengths are not known"),
         ):
             if asked:
-                remedy = (
-                    "give `length`, in tokens"
-                    if self.align == "start"
-                    else 'use align="start" with a `length`'
-                )
+                remedy = "give `length`, in tokens" if self.align == "start" else 'use align="start" with a `length`'
                 raise ValueError(f"{where} cannot {what}; {remedy}.")
 
     def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
         super()._refuse_state(state, k, v, call)
-        last = state.position + k.shape[-2] - 1
-        if last > self.length:
-            raise _checks.position_outside(self, self.length + 1, self.length)
+        self._check_last(state.position + k.shape[-2] - 1, self.length)
 
     def _refuse_merge(self, earlier: State, later: State) -> None:
         super()._refuse_merge(earlier, later)
@@ -224,9 +218,7 @@ def angle_table(p: Array, length: int, xp: Any) -> Array:
     unit = math.pi / (2 * length)
     near, far = p * unit, (length - p) * unit
     low = 2 * p <= length
-    return xp.stack(
-        [xp.where(low, xp.cos(near), xp.sin(far)), xp.where(low, xp.sin(near), xp.cos(far))], axis=-1
-    )
+    return xp.stack([xp.where(low, xp.cos(near), xp.sin(far)), xp.where(low, xp.sin(near), xp.cos(far))], axis=-1)
 
 
 def cosformer(

@@ -36,9 +36,7 @@ class FeatureAttention(Attention):
             eps=self.eps,
         )
 
-    def _forward(
-        self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any
-    ) -> tuple[Array, Any, Any]:
+    def _forward(self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any) -> tuple[Array, Any, Any]:
         options = self._options(q.shape[-2], k, call)
         where = room(call, q, "linear")
         y, after, saved = linear.forward(q, k, v, arrays, options, room=where, out=out, xp=call.xp)
@@ -49,9 +47,7 @@ class FeatureAttention(Attention):
     ) -> tuple[Array, Array, Array, Any]:
         saved, options, where = saved
         d_state = None if d_arrays is None else d_arrays.sums + d_arrays.rest
-        d_q, d_k, d_v, d_sums = linear.backward(
-            d_out, d_state, saved, options, room=where, out=out, xp=call.xp
-        )
+        d_q, d_k, d_v, d_sums = linear.backward(d_out, d_state, saved, options, room=where, out=out, xp=call.xp)
         return d_q, d_k, d_v, linear.LinearState(d_sums, call.xp.zeros_like(d_sums))
 
     def _weights(self, q: Array, k: Array, call: Call) -> Array:

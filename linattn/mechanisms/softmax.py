@@ -56,9 +56,7 @@ class Softmax(Attention):
         scale = float(self.scale) if self.scale is not None else max(q.shape[-1], 1) ** -0.5
         return softmax.Options(scale, "past" if call.causal else "all", offset, key_mask)
 
-    def _forward(
-        self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any
-    ) -> tuple[Array, Any, Any]:
+    def _forward(self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any) -> tuple[Array, Any, Any]:
         where, xp = room(call, q, "softmax"), call.xp
         if arrays is None:
             offset, mask, after = 0, call.key_mask, None

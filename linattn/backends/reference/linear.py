@@ -34,7 +34,8 @@ def forward(q, k, v, state, *, feature_map, span, turns, key_mask, normalize, ep
 
 
 def backward(
-    d_out, d_state, q, k, v, state, den, *, feature_map, span, turns, key_mask, normalize, eps, out, xp, chunk_size=CHUNK
+    d_out, d_state, q, k, v, state, den,
+    *, feature_map, span, turns, key_mask, normalize, eps, out, xp, chunk_size=CHUNK,
 ):  # fmt: skip
     """The lines of `forward`, last line first; values are centred, which changes nothing but the rounding.
 
@@ -96,9 +97,7 @@ def backward(
 
 
 def _with(chunk_size, xp):
-    return lambda a, b, c, start, turn_a, turn_b, span: product(
-        a, b, c, start, turn_a, turn_b, span, chunk_size, xp
-    )
+    return lambda a, b, c, start, turn_a, turn_b, span: product(a, b, c, start, turn_a, turn_b, span, chunk_size, xp)
 
 
 def product(a, b, c, start, turn_a, turn_b, span, chunk_size, xp):
@@ -118,9 +117,7 @@ def product(a, b, c, start, turn_a, turn_b, span, chunk_size, xp):
         return _rows(a, _each(start), turn_a, xp), start
     bad_b, bad_c = ~xp.isfinite(b), ~xp.isfinite(c)
     b, c = xp.where(bad_b, xp.zeros_like(b), b), xp.where(bad_c, xp.zeros_like(c), c)
-    bad = (
-        xp.any(bad_b, axis=-1, keepdims=True) | bad_c
-    )  # (..., M, C): spoils this column of the rows that see it
+    bad = xp.any(bad_b, axis=-1, keepdims=True) | bad_c  # (..., M, C): spoils this column of the rows that see it
 
     size = min(chunk_size, n_tokens)
     b, c, turn_b = (_chunks(x, size, xp) for x in (b, c, turn_b))  # (..., chunks, size, .)

@@ -154,8 +154,6 @@ def _add(total, part, n_keys, xp):
     part = _arrays.cast(part, _arrays.wide(part, xp), xp)
     missing = n_keys - part.shape[-2]
     if missing:
-        zeros = xp.zeros(
-            (*part.shape[:-2], missing, part.shape[-1]), dtype=part.dtype, device=_arrays.device(part)
-        )
+        zeros = xp.zeros((*part.shape[:-2], missing, part.shape[-1]), dtype=part.dtype, device=_arrays.device(part))
         part = xp.concat([part, zeros], axis=-2)
     return part if total is None else total + part
