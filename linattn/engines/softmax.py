@@ -28,8 +28,6 @@ class Saved(NamedTuple):
     q: Array
     k: Array
     v: Array
-    out: Array
-    lse: Array
 
 
 class Options(NamedTuple):
@@ -42,9 +40,9 @@ class Options(NamedTuple):
 def forward(
     q: Array, k: Array, v: Array, options: Options, *, room: ModuleType, out: Array | None, xp: Any
 ) -> tuple[Array, Saved]:
-    """out (..., N, E) and what `backward` needs: its arguments, its result and one number a token."""
-    y, lse = room.forward(q, k, v, **options._asdict(), out=out, xp=xp)
-    return y, Saved(q, k, v, y, lse)
+    """out (..., N, E) and what `backward` needs: the arguments alone."""
+    y, _ = room.forward(q, k, v, **options._asdict(), out=out, xp=xp)
+    return y, Saved(q, k, v)
 
 
 def backward(

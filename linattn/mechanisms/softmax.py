@@ -32,7 +32,7 @@ class Softmax(Attention):
     Shapes: q (..., N, D), k (..., M, D), v (..., M, E), one dtype -> out (..., N, E).
     With D = 0 every visible key has the same weight. A row that sees nothing is 0 and has gradient 0.
     Held constant in the VJP: nothing. The row maximum that is subtracted has no cotangent: it cancels.
-    Cost: O(N M (D + E)) time; backward keeps q, k, v, out and one number a token. The state of a stream is its keys and
+    Cost: O(N M (D + E)) time; backward keeps q, k and v. The state of a stream is its keys and
     values, so it grows.
     Source: Vaswani et al., "Attention is all you need", NeurIPS 2017, arXiv:1706.03762, eq. 1.
 

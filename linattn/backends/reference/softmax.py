@@ -38,8 +38,8 @@ def forward(q, k, v, *, scale, span, offset, key_mask, out, xp, rows=ROWS):
     return _arrays.fill(out, _arrays.cast(y, q.dtype, xp)), lse[..., 0]
 
 
-def backward(d_out, q, k, v, out_saved, lse, *, scale, span, offset, key_mask, out, xp, rows=ROWS):
-    """Neither `out_saved` nor `lse` is needed: a block's rows are whole, so p is made again from its own maximum.
+def backward(d_out, q, k, v, *, scale, span, offset, key_mask, out, xp, rows=ROWS):
+    """A block's rows are whole, so p is made again from its own maximum: a saved lse would round every weight.
 
     out = p v                    d_v = p^T g            d_p = g v^T  (v centred: sum_s d_s = 0 makes any offset cancel)
     p = softmax(s)               d_s = p o (d_p - sum_s p o d_p)
