@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from linattn import _arrays, _checks
 from linattn._arrays import Array
@@ -69,6 +69,7 @@ class CosFormer(FeatureAttention):
     normalize: bool = True
     eps: Any = "safe"
     align: str = "start"
+    n_sums: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if self.length is not None:
@@ -151,23 +152,23 @@ class CosFormer(FeatureAttention):
         cos(angle_q - angle_k) = cos angle_q cos angle_k + sin angle_q sin angle_k: what is summed over keys is never
         turned afterwards, so nothing is subtracted from it.
         """
-        xp, first = call.xp, call.first_position
         if self.align == "stretch":
-            ends = (1, n_queries, n_queries), (1, n_keys, n_keys)
-        else:
-            length = self.length or max(n_queries, n_keys, 1)
-            ends = (first, n_queries, length), (first, n_keys, length)
+            return tuple(self._table(1, n, max(n, 1), like, call) for n in (n_queries, n_keys))  # type: ignore[return-value]
+        length = self.length or max(n_queries, n_keys, 1)
+        if call.positions is None:
+            self._check_last(call.first_position + max(n_queries, n_keys) - 1, length)
+            table = self._table(call.first_position, max(n_queries, n_keys), length, like, call)
+            return table[:n_queries, :], table[:n_keys, :]
         turns = []
-        for (begin, n_tokens, length), given in zip(ends, call.positions or (None, None), strict=True):
-            if given is None:
-                p = _arrays.arange(begin, n_tokens, like, xp)
-            else:
-                p = _arrays.constant(given, like, xp)
-                self._check_positions(p, length, xp)
-            turns.append(_arrays.cast(angle_table(p, length, xp), _arrays.accumulator(like, xp), xp))
-        if call.positions is None and self.align == "start":
-            self._check_last(first + max(n_queries, n_keys) - 1, length)
+        for given in call.positions:
+            p = _arrays.constant(given, like, call.xp)
+            self._check_positions(p, length, call.xp)
+            turns.append(_arrays.cast(angle_table(p, length, call.xp), _arrays.accumulator(like, call.xp), call.xp))
         return turns[0], turns[1]
+
+    def _table(self, first: int, count: int, length: int, like: Array, call: Call) -> Array:
+        p = _arrays.arange(first, count, like, call.xp)
+        return _arrays.cast(angle_table(p, length, call.xp), _arrays.accumulator(like, call.xp), call.xp)
 
     def _check_last(self, last: int, length: Any) -> None:
         if last > length:

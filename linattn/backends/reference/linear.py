@@ -64,10 +64,10 @@ def backward(
         # dq~ = P(g / c, vc, phi_k);  D = phi_q . dq~ = g . (num - den mu) / c, without cancellation
         d_phi_q, _ = run(g, vc, phi_k, T(s_num), turn_q, turn_k, span)
         d = _sum(phi_q * d_phi_q, xp)
-        g_den = -slope * d / c + _sum(g * mu, xp) * (1 - slope * den / c) / c if eps != "safe" else -d / c
+        g_den = -slope * d / c + _sum(g * mu, xp) * (1 - slope * den / c) if eps != "safe" else -d / c
         g_den = xp.where(dead, xp.zeros_like(g_den), g_den)
         # d_phi_q = dq~ + G_den P(1, 1, phi_k)
-        ones_q, ones_k = xp.ones_like(phi_q[..., :1]), xp.ones_like(phi_k[..., :1])
+        ones_q, ones_k = _ones(phi_q, xp), _ones(phi_k, xp)
         seen, _ = run(ones_q, ones_k, phi_k, T(s_den), turn_q, turn_k, span)
         d_phi_q = d_phi_q + g_den * seen
         if scale is not None:
@@ -141,7 +141,7 @@ def product(a, b, c, start, turn_a, turn_b, span, chunk_size, xp):
         if turn_a is not None:
             scores = scores * xp.matmul(turn_a, transpose(turn_b))
         out = xp.matmul(xp.tril(scores), c) + _rows(a, earlier, turn_a, xp)
-        out = xp.reshape(out, (*out.shape[:-3], -1, out.shape[-1]))[..., :n_tokens, :]
+        out = xp.reshape(out, (*out.shape[:-3], out.shape[-3] * size, out.shape[-1]))[..., :n_tokens, :]
         seen = xp.cumulative_sum(_arrays.cast(bad, out.dtype, xp), axis=-2) > 0
     total = xp.stack([x[..., -1, :, :] for x in totals], axis=-3)
     spoiled = xp.any(bad, axis=-2, keepdims=True)[..., None, :, :]
@@ -190,8 +190,7 @@ def operands(q, k, v, key_mask, normalize, eps, xp):
     phi_k, v1 = visible(phi_k, key_mask, xp), visible(v1, key_mask, xp)
     scale = None
     if normalize:
-        ones = xp.ones((*v1.shape[:-1], 1), dtype=dtype, device=_arrays.device(v1))
-        v1 = xp.concat([v1, ones], axis=-1)
+        v1 = xp.concat([v1, _ones(v1, xp)], axis=-1)
         if eps == "safe" and phi_q.shape[-1] > 0:
             # cancels in the ratio, exactly; keeps products of tiny or huge features in range
             scale = _power_of_two(xp.max(xp.abs(phi_q), axis=-1, keepdims=True), xp)
@@ -236,6 +235,11 @@ def visible_mean(v, key_mask, xp):
     total = xp.sum(xp.where(known, v, xp.zeros_like(v)), axis=-2, keepdims=True, dtype=v.dtype)
     mean = total / xp.where(count == 0, xp.ones_like(count), count)
     return xp.where(xp.isfinite(mean), mean, xp.zeros_like(mean))
+
+
+def _ones(x, xp):
+    """A column of ones beside x, which may have no columns itself."""
+    return xp.ones((*x.shape[:-1], 1), dtype=x.dtype, device=_arrays.device(x))
 
 
 def _sum(x, xp):
