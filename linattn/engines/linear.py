@@ -108,12 +108,22 @@ def backward(
     # phi_q = phi(q), phi_k = where(key_mask, phi(k), 0)
     vjp = options.feature_map.vjp
     d_q = vjp(d_phi_q, _arrays.cast(q, phi_q.dtype, xp), xp)
-    d_k = visible(vjp(d_phi_k, _arrays.cast(k, phi_k.dtype, xp), xp), options.key_mask, xp)
+    d_k = visible(vjp(d_phi_k, _arrays.cast(k, phi_k.dtype, xp), xp), _seen_by_any(options.key_mask, k, xp), xp)
     finished = (
         _arrays.fill(o, _arrays.cast(d_x, q.dtype, xp))
         for o, d_x in zip(out or (None, None, None), (d_q, d_k, d_v), strict=True)
     )
     return *finished, d_before
+
+
+def _seen_by_any(key_mask: Array | None, k: Array, xp: Any) -> Array | None:
+    """Which keys some head sees, with the leading axes of k: the mask may have more, over which d_k was summed."""
+    if key_mask is None:
+        return None
+    shape = tuple(k.shape[:-1])
+    heads = _arrays.cast(key_mask, _arrays.accumulator(k, xp), xp)
+    heads = xp.broadcast_to(heads, _arrays.broadcast_shapes(shape, tuple(key_mask.shape)))
+    return _arrays.unbroadcast(heads, shape, xp) > 0
 
 
 def weights(q: Array, k: Array, options: Options, xp: Any) -> Array:
