@@ -121,8 +121,10 @@ def progress_bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    percent, what = TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(), percent, TimeElapsedColumn(), what)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def write(path: Path, text: str) -> None:

@@ -132,8 +132,8 @@ def room_of(attend: Attention, backend: str | None, like: Array) -> str:
 
 
 def lacks(attend: Attention, backend: str | None) -> bool:
-    """Whether this backend is there, but without the engine that the mechanism needs."""
-    if backend not in backends.WANTS:
+    """Whether this backend takes NumPy arrays, but is without the engine that the mechanism needs."""
+    if backend is None or backends.WANTS.get(backend) != "numpy":
         return False
     found = backends.load(backend, ENGINES[type(attend).__name__])
     return isinstance(found, str) and found.startswith("no ")

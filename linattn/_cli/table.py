@@ -37,20 +37,21 @@ def title(result: Result) -> str:
 
 def show(result: Result, console: Console) -> None:
     """Print what the comparison found."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     softmax = result.softmax
-    console.print(title(result), style="bold", highlight=False)
+    console.print(title(result), style="bold", highlight=False, markup=False, soft_wrap=True)
 
-    cost = Table(title="Cost", title_justify="left", header_style="bold")
+    cost = Table(title="Cost", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     cost.add_column("mechanism", no_wrap=True)
     cost.add_column("backend")
-    for heading in ("forward ms", "ratio", "backward ms", "ratio", "memory MB", "ratio"):
+    for heading in ("forward\nms", "ratio", "backward\nms", "ratio", "memory\nMB", "ratio"):
         cost.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
         cost.add_row(
-            row.name,
+            Text(row.name),
             row.room,
             f"{row.forward_ms:.2f}",
             times(row.forward_ms, softmax.forward_ms),
@@ -62,14 +63,20 @@ def show(result: Result, console: Console) -> None:
         )
     console.print(cost)
 
-    meaning = Table(title="What it computes, and how well", title_justify="left", header_style="bold")
+    meaning = Table(
+        title="What it computes, and how well",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     meaning.add_column("mechanism", no_wrap=True)
     for heading in ("output", "weights", "entropy", "error", "gradients"):
         meaning.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
         seen = row.reading
         meaning.add_row(
-            row.name,
+            Text(row.name),
             f"{seen.output_distance:.3f}",
             f"{seen.weights_distance:.3f}",
             f"{seen.entropy:.2f}",
