@@ -1,6 +1,6 @@
 """The papers' formulas, pair by pair in float64: the definition that everything else is judged by.
 
-NumPy alone is imported here, and nothing of linattn. Each formula forms all N x M weights, as its paper's
+NumPy alone is imported here, and of linattn nothing but formulas. Each formula forms all N x M weights, as its paper's
 definition says, and
 
     out[t] = sum over the visible s of A[t, s] v[s]
@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from linattn.audit.combiner import combiner
 
 __all__ = [
     "FEATURES",
@@ -53,6 +55,8 @@ class Pairs(NamedTuple):
     s: NDArray[np.int_]  # (M,) token indices of the keys
     n_queries: int  # N, of which the n above are a part
     n_keys: int  # M
+    causal: bool = False
+    key_mask: ArrayLike | None = None
 
 
 # ---------------------------------------------------------------------------------------------- feature maps
@@ -263,8 +267,7 @@ class Formula:
             ]
             return np.concatenate(parts, axis=-2)
         pairs = pairs_of(q, k, causal, key_mask, rows)
-        weights = self.rule(q[..., pairs.t, :], k, pairs, **(self.parameters | parameters))
-        return mix(weights, pairs.visible, v)
+        return mix(self.of_pairs(q, k, pairs, self.parameters | parameters), pairs.visible, v)
 
     @np.errstate(all="ignore")
     def weights(
@@ -292,8 +295,18 @@ class Formula:
             for (a, b), block in parts.items():
                 whole[..., a:b, a:b] = block
             return whole
-        pairs = pairs_of(q, k, causal, key_mask, rows)
-        return self.rule(q[..., pairs.t, :], k, pairs, **(self.parameters | parameters))
+        return self.of_pairs(q, k, pairs_of(q, k, causal, key_mask, rows), self.parameters | parameters)
+
+    def of_pairs(self, q: Array, k: Array, pairs: Pairs, parameters: dict[str, Any]) -> Array:
+        """The rule is given the queries it is asked for."""
+        return self.rule(q[..., pairs.t, :], k, pairs, **parameters)
+
+
+class PooledFormula(Formula):
+    """A formula whose rows depend on other queries too: its rule is given all of them."""
+
+    def of_pairs(self, q: Array, k: Array, pairs: Pairs, parameters: dict[str, Any]) -> Array:
+        return self.rule(q, k, pairs, **parameters)
 
 
 def wide(x: ArrayLike) -> Array:
@@ -314,7 +327,7 @@ def pairs_of(q: Array, k: Array, causal: bool, key_mask: ArrayLike | None, rows:
         visible = s <= t[:, None]
     if key_mask is not None:
         visible = visible & np.asarray(key_mask)[..., None, :]
-    return Pairs(visible, t, s, n_queries, n_keys)
+    return Pairs(visible, t, s, n_queries, n_keys, causal, key_mask)
 
 
 def segment(a: int, b: int, key_mask: ArrayLike | None, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -334,13 +347,15 @@ FORMULAS: dict[str, Formula] = {
     "Linear": Formula(linear),
     "CosFormer": Formula(cosformer),
     "Softmax": Formula(softmax),
+    "Combiner": PooledFormula(combiner),
 }
 
 
 def formula_of(attend: Any) -> Formula:
     """The formula of a mechanism value, with the value's own parameters."""
     parameters = {field.name: getattr(attend, field.name) for field in fields(attend)}
-    return Formula(FORMULAS[type(attend).__name__].rule, **parameters)
+    known = FORMULAS[type(attend).__name__]
+    return type(known)(known.rule, **parameters)
 
 
 # ------------------------------------------------------------------------------------------- as wide features

@@ -13,9 +13,10 @@ from types import ModuleType
 
 from linattn import _arrays, _checks
 from linattn._arrays import Array
-from linattn.backends.reference import linear, softmax
+from linattn.backends.reference import combiner, linear, softmax
 
-REFERENCE = {"linear": linear, "softmax": softmax}  # loaded at once: a compiler traces through a look-up, not an import
+# loaded at once: a compiler traces through a look-up, not an import
+REFERENCE = {"combiner": combiner, "linear": linear, "softmax": softmax}
 ROOM_OF = {"numpy": "numba", "cupy": "cupy"}
 WANTS = {"numba": "numpy", "cupy": "cupy"}
 EXTRA = {"numba": "test", "cupy": "gpu"}
