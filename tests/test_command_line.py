@@ -193,6 +193,27 @@ def test_what_a_backend_lacks_is_said(small, monkeypatch, capsys):
     assert "Linear('relu') is left out: numba has no linear engine." in capsys.readouterr().out
 
 
+def test_a_fallback_is_said(small, monkeypatch, capsys):
+    """A backend that cannot be loaded costs time, so the table says that it did."""
+    folder, _ = small
+    load = compare.backends.load
+    broken = "ImportError: no module named numba"
+    monkeypatch.setattr(compare.backends, "load", lambda room, x: broken if room == "numba" else load(room, x))
+    assert main(["compare", str(folder / "plain.npz")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "reference runs the linear engine instead of numba (ImportError: no module named numba)" in out
+    sentence = refused(capsys, "compare", folder / "plain.npz", "--backend", "numba")
+    assert "`backend='numba'` cannot be loaded (ImportError: no module named numba)" in sentence
+
+
+def test_a_bad_setting_is_refused(small, monkeypatch, capsys):
+    folder, _ = small
+    monkeypatch.setattr(compare, "room_of", lambda attend, backend, like: "numba")
+    monkeypatch.setenv("LINATTN_NUMBA_CACHE", "often")
+    sentence = refused(capsys, "compare", folder / "plain.npz")
+    assert sentence == "`LINATTN_NUMBA_CACHE` must be 0 or 1, got 'often'.\n"
+
+
 # --------------------------------------------------------------------------------------------------- plot
 
 

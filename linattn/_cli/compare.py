@@ -154,12 +154,30 @@ def choose(asked: list[str] | None, backend: str | None, inputs: Inputs) -> tupl
                     notes.append(f"{attend!r} is left out: {backend} has no {ENGINES[name]} engine.")
     if not rows:
         raise Refused(f"`--backend` must have an engine for one of the mechanisms, got {backend!r}, which has none.")
-    for row in rows:
-        if isinstance(row.attend, linattn.Softmax):
-            return rows, row, notes
-    softmax = linattn.Softmax()
-    yardstick = Row(softmax, None, room_of(softmax, None, inputs.q))
-    return [yardstick, *rows], yardstick, notes
+    softmax = next((row for row in rows if isinstance(row.attend, linattn.Softmax)), None)
+    if softmax is None:
+        softmax = Row(linattn.Softmax(), None, room_of(linattn.Softmax(), None, inputs.q))
+        rows.insert(0, softmax)
+    check_kernels(rows)
+    return rows, softmax, notes + fallbacks(rows)
+
+
+def check_kernels(rows: list[Row]) -> None:
+    """Refuses a setting that the first compiled call would trip over."""
+    if any(row.room == "numba" for row in rows):
+        from linattn.backends import numba
+
+        kind, _, sentence = numba.describe()["cache"].partition(": ")
+        if kind == "unusable":
+            raise Refused(sentence)
+
+
+def fallbacks(rows: list[Row]) -> list[str]:
+    """Why the reference backend runs what nobody asked it to run."""
+    usual = backends.ROOM_OF["numpy"]
+    engines = dict.fromkeys(ENGINES[type(row.attend).__name__] for row in rows if row.backend is None)
+    found = {engine: backends.load(usual, engine) for engine in engines}
+    return [f"reference runs the {x} engine instead of {usual} ({y})" for x, y in found.items() if isinstance(y, str)]
 
 
 # -- measuring ------------------------------------------------------------------------------------------------------
