@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from linattn import instruments
 from linattn.engines.features import FeatureMap
+from linattn.engines.plans import Plan
 from linattn.mechanisms.attention import State
+from linattn.mechanisms.combiner import Combiner, combiner
 from linattn.mechanisms.cosformer import CosFormer, cosformer
 from linattn.mechanisms.linear import Linear, linear_attention
 from linattn.mechanisms.softmax import Softmax, softmax_attention
@@ -16,11 +18,14 @@ from linattn.states import load_state, save_state
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Combiner",
     "CosFormer",
     "FeatureMap",
     "Linear",
+    "Plan",
     "Softmax",
     "State",
+    "combiner",
     "cosformer",
     "instruments",
     "linear_attention",

@@ -17,16 +17,18 @@ import numpy as np
 
 from linattn import _arrays, _checks
 from linattn._arrays import FLOATS
+from linattn.engines.combiner_stream import CombinerState
 from linattn.engines.linear import LinearState
 from linattn.engines.softmax import SoftmaxState
 from linattn.mechanisms.attention import State
+from linattn.mechanisms.combiner import Combiner
 from linattn.mechanisms.cosformer import CosFormer
 from linattn.mechanisms.linear import Linear
 from linattn.mechanisms.softmax import Softmax
 
 MAGIC, VERSION = "linattn state", 1
-MECHANISMS = {cls.__name__: cls for cls in (CosFormer, Linear, Softmax)}
-KINDS = {cls.__name__: cls for cls in (LinearState, SoftmaxState)}
+MECHANISMS = {cls.__name__: cls for cls in (Combiner, CosFormer, Linear, Softmax)}
+KINDS = {cls.__name__: cls for cls in (CombinerState, LinearState, SoftmaxState)}
 HEADER_LIMIT = 1 << 16
 
 

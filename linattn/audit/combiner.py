@@ -53,7 +53,7 @@ def combiner(
         scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
     plans = plans_of(pattern, q.shape[-2], span or width, pairs.causal, mix)
     weights = [weights_of(q, k, plan, pairs.key_mask, pool, size_bias, row_key, scale) for plan in plans]
-    return sum(weights)[..., pairs.t, :] / len(weights)
+    return np.sum(weights, axis=0)[..., pairs.t, :] / len(weights)
 
 
 def weights_of(
@@ -113,7 +113,7 @@ def pooled(x: Array, own: Mask, pool: str) -> Array:
     index = np.argmax(np.where(inside, x.real, -np.inf), axis=-2)[..., None, :]
     lead = np.broadcast_shapes(index.shape[:-2], x.shape[:-2])
     x, index = (np.broadcast_to(a, (*lead, *a.shape[-2:])) for a in (x, index))
-    return np.where(own.any(axis=-1)[..., None], np.take_along_axis(x, index, axis=-2)[..., 0, :], 0)
+    return np.where(np.any(own, axis=-1, keepdims=True), np.take_along_axis(x, index, axis=-2)[..., 0, :], 0)
 
 
 def standing_in(rep: int, own: Mask) -> Array:

@@ -1,6 +1,6 @@
 """Who meets whom, as data: blocks of queries against keys for dense loops, lists of edges for all else.
 
-    index(g, i) = start + first + g step + i stride        an entry of a view: place i of group g
+    entry(g, i) = start + first + g step + i stride        an entry of a view: place i of group g
 
 A block lets the queries of a view meet the keys of another, group by group, where its rule holds:
 
@@ -45,7 +45,7 @@ class View(NamedTuple):
         """Whether all groups are the same entries."""
         return self.step == 0
 
-    def index(self) -> Ints:
+    def entries(self) -> Ints:
         """(groups, size)"""
         g, i = np.arange(self.groups)[:, None], np.arange(self.size)
         return self.start + self.first + g * self.step + i * self.stride
@@ -98,7 +98,7 @@ class Block(NamedTuple):
 
     def edges(self, n_queries: int, n_keys: int) -> tuple[Ints, Ints]:
         """The pairs (query, key) that exist."""
-        t, s = self.queries.index()[:, :, None], self.keys.index()[:, None, :]
+        t, s = self.queries.entries()[:, :, None], self.keys.entries()[:, None, :]
         met = self.seen() & (t < n_queries) & (s < n_keys)
         t, s = (np.broadcast_to(x, met.shape)[met] for x in (t, s))
         return t, s
