@@ -5,7 +5,7 @@ A mechanism is a small frozen value that is called on arrays; see `CosFormer`, `
 
 from __future__ import annotations
 
-from linattn import instruments
+from linattn import instruments, regions
 from linattn.engines.features import FeatureMap
 from linattn.engines.plans import Plan
 from linattn.mechanisms.attention import State
@@ -30,6 +30,7 @@ __all__ = [
     "instruments",
     "linear_attention",
     "load_state",
+    "regions",
     "save_state",
     "softmax_attention",
 ]

@@ -151,8 +151,13 @@ def makes_kappa(regions: Regions) -> bool:
     return regions.kind == "rep" and regions.options.row_key == "wsum"
 
 
+def offset(v: Array, key_mask: Array | None, xp: Any) -> Array:
+    """What the backward takes off all values, (..., 1, E): any finite number would do."""
+    return visible_mean(v, key_mask, xp)
+
+
 def centred(v: Array, key_mask: Array | None, xp: Any) -> Array:
-    return v - visible_mean(v, key_mask, xp)
+    return v - offset(v, key_mask, xp)
 
 
 def _beside(x: Array, y: Array, xp: Any) -> Array:

@@ -15,8 +15,7 @@ from linattn import _arrays
 from linattn._arrays import Array
 from linattn.backends.reference import combiner as reference
 from linattn.backends.reference._scans import larger
-from linattn.backends.reference.linear import visible_mean
-from linattn.engines.combiner import Options, Regions
+from linattn.engines.combiner import Options, Regions, offset
 from linattn.engines.mixing import Mixing
 from linattn.engines.softmax import append
 
@@ -169,8 +168,8 @@ class Stream:
         _, v, visible, _ = sources[0]
 
         def back(d_out: Array) -> tuple[Array, list[Any]]:
-            offset = visible_mean(v, visible, xp)
-            moved = [(k, v - offset, visible, bias) for k, v, visible, bias in sources]
+            taken_off = offset(v, visible, xp)
+            moved = [(k, v - taken_off, visible, bias) for k, v, visible, bias in sources]
             parts = [reference.backward(d_out / len(mixings), q, moved, mixing=m, **given) for m in mixings]
             d_sources = [
                 [_arrays.unbroadcast(plus(d), tuple(x.shape), xp) for d, x in zip(zip(*ds), source[:2], strict=True)]
