@@ -77,14 +77,19 @@ def backward(
         d_phi_q, _ = run(g, v1, phi_k, T(before), turn_q, turn_k, span)
         g1 = g
 
-    d_phi_k, x = run(v1, g1, phi_q, T(after), turn_k, turn_q, turned)
-    d_v, _ = run(phi_k, phi_q, g, after[..., : g.shape[-1]], turn_k, turn_q, turned)
-    d_before = T(x)
+    # heads of queries that share keys: each has sums of its own, the state's cotangent is added once to all of them
+    nothing = xp.zeros_like(after)
+    d_phi_k, x = run(v1, g1, phi_q, T(nothing), turn_k, turn_q, turned)
+    d_v, _ = run(phi_k, phi_q, g, nothing[..., : g.shape[-1]], turn_k, turn_q, turned)
+    lead = tuple(after.shape[:-3])
+    d_phi_k = _shared(d_phi_k, lead, xp) + _rows(v1, _each(T(after)), turn_k, xp)
+    d_v = _shared(d_v, lead, xp) + _rows(phi_k, _each(after[..., : g.shape[-1]]), turn_k, xp)
+    d_before = _arrays.unbroadcast(T(x), tuple(after.shape), xp) + after
     if normalize:
         lost = _sum(d_before[..., :-1] * wide_mu, xp)
         d_before = xp.concat([d_before[..., :-1], d_before[..., -1:] - lost], axis=-1)
 
-    d_state = _arrays.unbroadcast(_arrays.cast(d_before, state[0].dtype, xp), tuple(state[0].shape), xp)
+    d_state = _arrays.cast(d_before, state[0].dtype, xp)
     grads = (d_phi_q, visible(d_phi_k, key_mask, xp), visible(d_v, key_mask, xp))
     finished = (
         _arrays.fill(o, _arrays.cast(_arrays.unbroadcast(d_x, tuple(x.shape), xp), x.dtype, xp))
@@ -146,6 +151,11 @@ def product(a, b, c, start, turn_a, turn_b, span, chunk_size, xp):
     total = xp.stack([x[..., -1, :, :] for x in totals], axis=-3)
     spoiled = xp.any(bad, axis=-2, keepdims=True)[..., None, :, :]
     return _nan_where(seen, out, xp), _nan_where(spoiled, total, xp)
+
+
+def _shared(x, lead, xp):
+    """(..., T, A) summed over the leading axes that keys and values do not have."""
+    return _arrays.unbroadcast(x, (*lead, *x.shape[-2:]), xp)
 
 
 def _each(sums):
