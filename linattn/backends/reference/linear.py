@@ -220,15 +220,21 @@ def _power_of_two(x, xp):
 
 
 def divisor(den, eps, xp):
-    """c, c' = dc/d_den, and which rows have no weight at all (out = 0 and no gradient passes)."""
+    """c, c' = dc/d_den, and which rows have no weight at all (out = 0 and no gradient passes).
+
+    An infinite den makes NaN: finite numerators over it would be 0, a wrong finite number.
+    """
     one, zero = xp.ones_like(den), xp.zeros_like(den)
+    c, slope, dead = den, one, zero > 0
     if eps == "safe":
-        return xp.where(den == 0, one, den), one, den == 0
-    kind, x = eps
-    if kind == "add":
-        return den + x, one, zero > 0
-    low = den < x  # NaN is not low and passes
-    return xp.where(low, xp.full_like(den, x), den), xp.where(low, zero, one), zero > 0
+        dead = den == 0
+        c = xp.where(dead, one, den)
+    elif eps[0] == "add":
+        c = den + eps[1]
+    else:
+        low = den < eps[1]  # NaN is not low and passes
+        c, slope = xp.where(low, xp.full_like(den, eps[1]), den), xp.where(low, zero, one)
+    return xp.where(xp.isinf(c), xp.full_like(c, math.nan), c), slope, dead
 
 
 def visible(x, key_mask, xp):
