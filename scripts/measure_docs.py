@@ -20,7 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+for variable in ("OPENBLAS_NUM_THREADS", "LINATTN_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 import ml_dtypes
 import numpy as np
