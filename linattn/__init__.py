@@ -6,6 +6,7 @@ A mechanism is a small frozen value that is called on arrays; see `CosFormer`, `
 from __future__ import annotations
 
 from linattn import instruments, regions
+from linattn.backends.numba.threads import threads
 from linattn.engines.features import FeatureMap
 from linattn.engines.plans import Plan
 from linattn.mechanisms.attention import State
@@ -33,4 +34,5 @@ __all__ = [
     "regions",
     "save_state",
     "softmax_attention",
+    "threads",
 ]
