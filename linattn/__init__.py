@@ -11,6 +11,7 @@ from linattn.mechanisms.attention import State
 from linattn.mechanisms.cosformer import CosFormer, cosformer
 from linattn.mechanisms.linear import Linear, linear_attention
 from linattn.mechanisms.softmax import Softmax, softmax_attention
+from linattn.projections import draw_projection
 from linattn.states import load_state, save_state
 
 __version__ = "0.1.0.dev0"
@@ -22,6 +23,7 @@ __all__ = [
     "Softmax",
     "State",
     "cosformer",
+    "draw_projection",
     "instruments",
     "linear_attention",
     "load_state",
