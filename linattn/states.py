@@ -18,6 +18,7 @@ import numpy as np
 from linattn import _arrays, _checks
 from linattn._arrays import FLOATS
 from linattn.engines.linear import LinearState
+from linattn.engines.loglinear import LogLinearState
 from linattn.engines.softmax import SoftmaxState
 from linattn.mechanisms.attention import State
 from linattn.mechanisms.cosformer import CosFormer
@@ -26,7 +27,8 @@ from linattn.mechanisms.softmax import Softmax
 
 MAGIC, VERSION = "linattn state", 1
 MECHANISMS = {cls.__name__: cls for cls in (CosFormer, Linear, Softmax)}
-KINDS = {cls.__name__: cls for cls in (LinearState, SoftmaxState)}
+KINDS = {cls.__name__: cls for cls in (LinearState, LogLinearState, SoftmaxState)}
+STORED = (*FLOATS, "bool", "int32")
 HEADER_LIMIT = 1 << 16
 
 
@@ -165,8 +167,8 @@ def _dtypes(name: str) -> tuple[np.dtype, np.dtype]:
         import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
-    if name not in (*FLOATS, "bool"):
-        raise ValueError(f"dtype {name!r} is not one of {', '.join((*FLOATS, 'bool'))}.")
+    if name not in STORED:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(STORED)}.")
     return np.dtype(name), np.dtype(name)
 
 

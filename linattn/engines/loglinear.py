@@ -1,0 +1,112 @@
+"""The log-linear engine: attention whose positive features are given by their logarithms.
+
+    A[t, s] = sum_r exp(lq[t, r] + lk[s, r])        for the keys that t sees, else 0
+    out[t] = sum_s A[t, s] v[s] / sum_s A[t, s]     lse[t] = log sum_s A[t, s]
+
+It is the linear engine with one scale for each feature, the gauge: out does not change under
+lk[:, r] -= a_r, lq[:, r] += a_r, nor under lq[t] -= c_t. An integer power of two for each feature and one for each row keep
+every number in range, however large the logarithms are. Rescaling by them rounds nothing. So there is no eps, no overflow,
+no maximum over the future, and 1/2 <= den for every row that sees a key.
+
+The gauge is the running maximum of the online softmax (Milakov & Gimelshein, arXiv:1805.02867), kept for each feature.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from linattn import _arrays
+from linattn._arrays import Array
+from linattn.backends.reference import loglinear as reference
+from linattn.backends.reference.loglinear import NONE
+
+
+class LogLinearState(NamedTuple):
+    """All that past keys leave behind: 2^gauge_r (sums + rest)[r], (..., R, E + 1), gauge (..., R) integers.
+
+    The last column is the sum of the features alone. A feature that no key has had yet has the gauge NONE.
+    """
+
+    sums: Array
+    rest: Array
+    gauge: Array
+
+
+class Options(NamedTuple):
+    """How tokens are mixed; handed down unchanged from forward to backward."""
+
+    span: str
+    key_mask: Array | None
+
+
+def log_dtype(x: Array, xp: Any) -> Any:
+    """The dtype in which logarithms are made from `x`: float64 where the library has it, never 16 bits."""
+    return _arrays.wide(x, xp) if _arrays.wide(x, xp) == xp.float64 else _arrays.accumulator(x, xp)
+
+
+def state_shape(lk: Array, v: Array, options: Options) -> tuple[int, ...]:
+    """(..., R, E + 1), leading axes of everything that belongs to the keys."""
+    lead = [tuple(lk.shape[:-2]), tuple(v.shape[:-2])]
+    if options.key_mask is not None:
+        lead.append(tuple(options.key_mask.shape[:-1]))
+    return (*_arrays.broadcast_shapes(*lead), lk.shape[-1], v.shape[-1] + 1)
+
+
+def empty_state(shape: tuple[int, ...], like: Array, xp: Any) -> LogLinearState:
+    """The state before any key; `like` has the dtype of the values."""
+    zeros = xp.zeros(shape, dtype=_arrays.accumulator(like, xp), device=_arrays.device(like))
+    return LogLinearState(zeros, zeros, xp.full(shape[:-1], NONE, dtype=xp.int32, device=_arrays.device(like)))
+
+
+def forward(
+    lq: Array, lk: Array, v: Array, state: LogLinearState | None, options: Options,
+    *, room: ModuleType, out: Array | None, xp: Any,
+) -> tuple[Array, Array, LogLinearState]:  # fmt: skip
+    """out (..., N, E) in the dtype of v, lse (..., N), and the state after all keys.
+
+    lq (..., N, R), lk (..., M, R), v (..., M, E), leading axes broadcast; logarithms in float64 where the library has it,
+    whatever the dtype of v. -inf is a feature that is 0; NaN and inf give NaN. `room` is a backend's loglinear.py.
+    """
+    if state is None:
+        state = empty_state(state_shape(lk, v, options), v, xp)
+    result, lse, after = room.forward(lq, lk, v, tuple(state), **options._asdict(), out=out, xp=xp)
+    return result, lse, LogLinearState(*after)
+
+
+def backward(
+    d_out: Array, d_lse: Array | None, d_state: Array | None,
+    lq: Array, lk: Array, v: Array, state: LogLinearState | None, options: Options,
+    *, room: ModuleType, xp: Any, centre: Array | None = None,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """d_lq, d_lk, d_v in the accumulation dtype, and the cotangent of the incoming sums, at the gauge of that state.
+
+    Nothing but the arguments of `forward` is needed. `d_state` is the cotangent of the outgoing sums at their gauge.
+    With `centre` (..., 1, E), by which the values are centred, both are cotangents of the sums of [v - centre, 1]: for a
+    sequence taken in pieces, so that an offset of v does not cancel between them.
+    """
+    if state is None:
+        state = empty_state(state_shape(lk, v, options), v, xp)
+    return room.backward(
+        d_out, d_lse, d_state, lq, lk, v, tuple(state), **options._asdict(), centre=centre, xp=xp
+    )  # fmt: skip
+
+
+def weights(lq: Array, lk: Array, options: Options, xp: Any) -> Array:
+    """A[t, s] / sum_s A[t, s], (..., N, M): what the mechanism means. O(N M R)."""
+    return reference.weights(lq, lk, **options._asdict(), xp=xp)
+
+
+def merge(earlier: LogLinearState, later: LogLinearState, xp: Any) -> LogLinearState:
+    """The state of the keys of both, at the larger gauge; what their addition rounds away goes to `rest`."""
+    gauge = xp.maximum(earlier.gauge, later.gauge)
+    powers = reference.Powers(earlier.sums, xp)
+    parts = []
+    for state in (earlier, later):
+        shift = powers(state.gauge - gauge, state.sums.dtype)[..., None]
+        parts.append((state.sums * shift, state.rest * shift))
+    (a, a_rest), (b, b_rest) = parts
+    total = a + b
+    seen = total - a
+    lost = (a - (total - seen)) + (b - seen)  # exact: two-sum
+    return LogLinearState(total, a_rest + b_rest + lost, gauge)
