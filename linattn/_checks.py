@@ -256,6 +256,61 @@ def positive_real(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be positive and finite, got {value}.")
 
 
+def real(name: str, value: Any) -> float:
+    """A finite real number, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`{name}` must be a real number, got {value!r}.")
+    if not -float("inf") < value < float("inf"):
+        raise ValueError(f"`{name}` must be finite, got {value}.")
+    return float(value)
+
+
+def real_or_nested(name: str, value: Any) -> Any:
+    """A finite real number, or a tuple (list, array) of such of one depth, as floats and tuples."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        value = value.tolist()
+    if not isinstance(value, (tuple, list)):
+        return real(name, value[()] if isinstance(value, np.ndarray) else value)
+    found = tuple(real_or_nested(name, x) for x in value)
+    if not found or len({np.shape(x) for x in found}) > 1:
+        raise ValueError(f"`{name}` must be a number or one a head, got {value!r}.")
+    return found
+
+
+def own_axes(lead: tuple[int, ...], **shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading shape of a call with the axes of a mechanism's own parameters joined in."""
+    for name, shape in shapes.items():
+        try:
+            lead = _arrays.broadcast_shapes(lead, tuple(shape))
+        except ValueError:
+            raise ValueError(
+                f"`{name}` must broadcast with the leading axes of q, k and v {lead}, got shape {tuple(shape)}."
+            ) from None
+    return lead
+
+
+def readable(name: str, x: Array) -> None:
+    if not _arrays.is_readable(x):
+        raise ValueError(f"`{name}` must hold values that can be read, got a traced array.")
+
+
+def within(name: str, value: Any, low: float, high: float) -> None:
+    """A number, or nested tuples of them, none outside low .. high."""
+    worst = max(np.ravel(value), key=lambda x: max(low - x, x - high))
+    if not low <= worst <= high:
+        raise ValueError(f"`{name}` must be within {low:g} .. {high:g}, got {worst:g}.")
+
+
+def line(name: str, value: Any) -> tuple[float, float]:
+    """(a, b) of a x + b, rising."""
+    if len(value) != 2:
+        raise ValueError(f"`{name}` must be a name or (a, b) of a line a chi + b, got {value!r}.")
+    a, b = real(f"{name}: a", value[0]), real(f"{name}: b", value[1])
+    if a <= 0:
+        raise ValueError(f"`{name}` must be a rising line a chi + b, a > 0, got a = {a}.")
+    return a, b
+
+
 def choice(name: str, value: Any, known: Any) -> None:
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
