@@ -16,6 +16,7 @@ version = release
 
 extensions = [
     "numpydoc",
+    "pytest_doctestplus.sphinx.doctestplus",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",

@@ -14,6 +14,7 @@ import numpy as np
 
 Array = Any
 _NUMPY: Any = np  # follows the standard by itself; the compat namespace would load numpy.f2py and numpy.testing
+_NAMES: dict[np.dtype[Any], str] = {}  # asking NumPy costs microseconds, and every call asks
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -77,7 +78,9 @@ def device(x: Array) -> Any:
 def dtype_name(x: Array) -> str:
     """The dtype's name on every library, ml_dtypes included: "float32", "bfloat16", "int64", ..."""
     if isinstance(x, np.ndarray):
-        return str(x.dtype.name)
+        if x.dtype not in _NAMES:
+            _NAMES[x.dtype] = str(x.dtype.name)
+        return _NAMES[x.dtype]
     return str(x.dtype).rpartition(".")[2]
 
 

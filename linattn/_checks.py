@@ -35,6 +35,10 @@ def floating(name: str, x: Array) -> None:
 
 def alike(**arrays: Array) -> Any:
     """Arrays of one library, one floating dtype and one device; gives the library's namespace."""
+    first = next(iter(arrays.values()))
+    if all(type(x) is np.ndarray and x.dtype == first.dtype for x in arrays.values()):
+        floating(next(iter(arrays)), first)
+        return _arrays.namespace(first)  # the common case, decided fast: decoding calls this for every token
     for name, x in arrays.items():
         array(name, x)
     names = ", ".join(arrays)
@@ -50,7 +54,7 @@ def alike(**arrays: Array) -> Any:
     known = [d for d in devices if d is not None]
     if any(d != known[0] for d in known):
         raise ValueError(f"{names} must be on one device, got {', '.join(map(str, devices))}.")
-    return _arrays.namespace(next(iter(arrays.values())))
+    return _arrays.namespace(first)
 
 
 def axes(**arrays: Array) -> None:
@@ -71,27 +75,35 @@ def leading(**shapes: tuple[int, ...]) -> tuple[int, ...]:
 def queries_keys(q: Array, k: Array) -> Any:
     xp = alike(q=q, k=k)
     axes(q=q, k=k)
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"q and k must have the same last axis (channels), got q {tuple(q.shape)} and k {tuple(k.shape)}."
-        )
+    _same_channels(q, k)
     return xp
 
 
 def keys_values(k: Array, v: Array) -> Any:
     xp = alike(k=k, v=v)
     axes(k=k, v=v)
-    if k.shape[-2] != v.shape[-2]:
-        raise ValueError(f"k and v must have the same number of tokens, got k {tuple(k.shape)} and v {tuple(v.shape)}.")
+    _same_tokens(k, v)
     return xp
 
 
 def queries_keys_values(q: Array, k: Array, v: Array) -> Any:
     xp = alike(q=q, k=k, v=v)
     axes(q=q, k=k, v=v)
-    queries_keys(q, k)
-    keys_values(k, v)
+    _same_channels(q, k)
+    _same_tokens(k, v)
     return xp
+
+
+def _same_channels(q: Array, k: Array) -> None:
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"q and k must have the same last axis (channels), got q {tuple(q.shape)} and k {tuple(k.shape)}."
+        )
+
+
+def _same_tokens(k: Array, v: Array) -> None:
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(f"k and v must have the same number of tokens, got k {tuple(k.shape)} and v {tuple(v.shape)}.")
 
 
 # -- call options -----------------------------------------------------------------------------------------------

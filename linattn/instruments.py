@@ -106,9 +106,7 @@ class _Rows(NamedTuple):
 # -- reading a matrix ----------------------------------------------------------------------------------------
 
 
-def _read(
-    weights: Array, causal: bool, key_mask: Array | None, renormalize: bool, name: str = "weights"
-) -> _Rows:
+def _read(weights: Array, causal: bool, key_mask: Array | None, renormalize: bool, name: str = "weights") -> _Rows:
     a, tolerance = _matrix(name, weights)
     n_queries, n_keys = a.shape[-2:]
     visible = np.ones((1, n_keys), dtype=bool)
@@ -123,9 +121,7 @@ def _read(
         raise ValueError(f"`{name}` must be 0 where nothing is visible, got {a[at]:.6g} at {at}.")
     if not np.all(a >= 0):  # NaN fails
         at = _worst(np.where(np.isnan(a), np.inf, -a))
-        raise ValueError(
-            f"`{name}` must be non-negative, got {a[at]:.6g} at {at}: see `negative` parts first."
-        )
+        raise ValueError(f"`{name}` must be non-negative, got {a[at]:.6g} at {at}: see `negative` parts first.")
     total = np.sum(a, axis=-1)
     n = np.broadcast_to(np.sum(visible, axis=-1), total.shape)
     live = (total > 0) & (n > 0)
@@ -446,9 +442,7 @@ def spectral_gap(weights: Array, *, causal: bool = False, key_mask: Array | None
     square, live = a.a, a.live
     if key_mask is not None:
         seen = _mask(key_mask, a.a)
-        square = np.where(
-            seen[..., :, None], square, 0.0
-        )  # a hidden token adds an eigenvalue 0 and nothing else
+        square = np.where(seen[..., :, None], square, 0.0)  # a hidden token adds an eigenvalue 0 and nothing else
         live = live | ~seen
     _check_live(live)
     return _gap(np.linalg.eigvals(square).astype(np.complex128))
@@ -486,17 +480,13 @@ def spectral_gap_features(phi_q: Array, phi_k: Array) -> Any:
 
 def _check_square(n_queries: int, n_keys: int) -> None:
     if n_queries != n_keys or n_keys == 0:
-        raise ValueError(
-            f"`spectral_gap` needs N == M >= 1, got N = {n_queries} queries and M = {n_keys} keys."
-        )
+        raise ValueError(f"`spectral_gap` needs N == M >= 1, got N = {n_queries} queries and M = {n_keys} keys.")
 
 
 def _check_live(live: NDArray[np.bool_]) -> None:
     if not np.all(live):
         at = tuple(int(i) for i in np.argwhere(~live)[0])
-        raise ValueError(
-            f"`spectral_gap` needs live rows, got row {at} with sum 0: restrict A to the live tokens."
-        )
+        raise ValueError(f"`spectral_gap` needs live rows, got row {at} with sum 0: restrict A to the live tokens.")
 
 
 def _gap(values: NDArray[np.complex128]) -> Any:
@@ -539,9 +529,7 @@ def compare(
     first = _read(a, causal, key_mask, renormalize, "a")
     second = _read(b, causal, key_mask, renormalize, "b")
     if first.a.shape[-2:] != second.a.shape[-2:]:
-        raise ValueError(
-            f"`a` and `b` must have the same last two axes, got {first.a.shape} and {second.a.shape}."
-        )
+        raise ValueError(f"`a` and `b` must have the same last two axes, got {first.a.shape} and {second.a.shape}.")
     _checks.leading(a=first.a.shape[:-2], b=second.a.shape[:-2])
     p, q = np.broadcast_arrays(first.a, second.a)
     live = first.live & second.live
@@ -583,9 +571,7 @@ def _output_error(p: Floats, q: Floats, live: NDArray[np.bool_], v: Array) -> An
     """|A v - B v| / |B v| over the live rows."""
     values, _ = _matrix("v", v)
     if values.shape[-2] != p.shape[-1]:
-        raise ValueError(
-            f"`v` must have as many tokens as there are keys, {p.shape[-1]}, got {values.shape}."
-        )
+        raise ValueError(f"`v` must have as many tokens as there are keys, {p.shape[-1]}, got {values.shape}.")
     _checks.leading(weights=p.shape[:-2], v=values.shape[:-2])
     kept = live[..., None]
     got, want = np.where(kept, p @ values, 0.0), np.where(kept, q @ values, 0.0)

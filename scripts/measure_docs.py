@@ -337,12 +337,11 @@ def medians(runs: dict[Any, Callable[[], Any]], rounds: int = 5) -> dict[Any, fl
     for run in runs.values():
         run()  # compiles
     times: dict[Any, list[float]] = {key: [] for key in runs}
-    with la.threads(1):
-        for _ in range(rounds):
-            for key, run in runs.items():
-                start = time.perf_counter()
-                run()
-                times[key].append(time.perf_counter() - start)
+    for _ in range(rounds):
+        for key, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[key].append(time.perf_counter() - start)
     return {key: float(np.median(spent)) for key, spent in times.items()}
 
 

@@ -137,7 +137,13 @@ VALUES = [
     la.Softmax(scale=0.25),
 ]
 MAIN = [la.Linear(), la.CosFormer(LENGTH), la.Softmax()]
-FEATURE_ERROR = {"identity": 0, "relu": 0, "elu1": 2, BOTH_SIDES: 2, SQUARE: 1}  # e_phi / u
+FEATURE_ERROR = {  # e_phi / u
+    "identity": 0,
+    "relu": 0,
+    "elu1": 2,
+    BOTH_SIDES: 2,
+    SQUARE: 1,
+}
 COSINE_ERROR = 3
 
 

@@ -85,7 +85,12 @@ def exp(x: Array) -> Array:
     return np.exp(x)
 
 
-FEATURE_MAPS: dict[str, Map] = {"identity": identity, "relu": relu, "elu1": elu1, "exp": exp}
+FEATURE_MAPS: dict[str, Map] = {
+    "identity": identity,
+    "relu": relu,
+    "elu1": elu1,
+    "exp": exp,
+}
 
 
 def feature_map_called(name: str | Map) -> Map:

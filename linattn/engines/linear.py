@@ -53,16 +53,14 @@ class Options(NamedTuple):
     eps: Any
 
 
-def state_shape(k: Array, v: Array, options: Options, xp: Any) -> tuple[int, ...]:
-    """(..., n, R, E + 1), leading axes of everything that belongs to the keys."""
-    lead = [tuple(k.shape[:-2]), tuple(v.shape[:-2])]
-    if options.key_mask is not None:
-        lead.append(tuple(options.key_mask.shape[:-1]))
-    if options.turns is not None:
-        lead.append(tuple(options.turns[1].shape[:-2]))
-    n_features = options.feature_map.phi(k[..., :0, :], xp).shape[-1]
-    n_sums = 1 if options.turns is None else options.turns[1].shape[-1]
-    return (*_arrays.broadcast_shapes(*lead), n_sums, n_features, v.shape[-1] + options.normalize)
+def state_shape(
+    k: Array, v: Array, feature_map: FeatureMap, n_sums: int, normalize: bool, leads: list[tuple[int, ...]], xp: Any
+) -> tuple[int, ...]:
+    """(..., n, R, E + 1), with the leading axes of all that belongs to the keys: k's, v's and `leads`."""
+    lead = _arrays.broadcast_shapes(tuple(k.shape[:-2]), tuple(v.shape[:-2]), *leads)
+    built_in = MAPS.get(feature_map.name) is feature_map
+    n_features = k.shape[-1] if built_in else feature_map.phi(k[..., :0, :], xp).shape[-1]
+    return (*lead, n_sums, n_features, v.shape[-1] + normalize)
 
 
 def empty_state(shape: tuple[int, ...], like: Array, xp: Any) -> LinearState:
@@ -79,7 +77,7 @@ def forward(
     q (..., N, D), k (..., M, D), v (..., M, E), leading axes broadcast; `room` is a backend's linear.py.
     """
     if state is None:
-        state = empty_state(state_shape(k, v, options, xp), k, xp)
+        state = empty_state(_shape_of_state(k, v, options, xp), k, xp)
     phi_q, phi_k, v_like, given = _handed_down(q, k, v, options, room, xp)
     direct = out if phi_q.dtype == q.dtype else None
     result, den, after = room.forward(phi_q, phi_k, v_like, state, **given, out=direct, xp=xp)
@@ -110,12 +108,22 @@ def backward(
     # phi_q = phi(q), phi_k = where(key_mask, phi(k), 0)
     vjp = options.feature_map.vjp
     d_q = vjp(d_phi_q, _arrays.cast(q, phi_q.dtype, xp), xp)
-    d_k = visible(vjp(d_phi_k, _arrays.cast(k, phi_k.dtype, xp), xp), options.key_mask, xp)
+    d_k = visible(vjp(d_phi_k, _arrays.cast(k, phi_k.dtype, xp), xp), _seen_by_any(options.key_mask, k, xp), xp)
     finished = (
         _arrays.fill(o, _arrays.cast(d_x, q.dtype, xp))
         for o, d_x in zip(out or (None, None, None), (d_q, d_k, d_v), strict=True)
     )
     return *finished, d_before
+
+
+def _seen_by_any(key_mask: Array | None, k: Array, xp: Any) -> Array | None:
+    """Which keys some head sees, with the leading axes of k: the mask may have more, over which d_k was summed."""
+    if key_mask is None:
+        return None
+    shape = tuple(k.shape[:-1])
+    heads = _arrays.cast(key_mask, _arrays.accumulator(k, xp), xp)
+    heads = xp.broadcast_to(heads, _arrays.broadcast_shapes(shape, tuple(key_mask.shape)))
+    return _arrays.unbroadcast(heads, shape, xp) > 0
 
 
 def weights(q: Array, k: Array, options: Options, xp: Any) -> Array:
@@ -145,6 +153,15 @@ def merge(earlier: LinearState, later: LinearState) -> LinearState:
     seen = total - a
     lost = (a - (total - seen)) + (b - seen)  # exact: two-sum
     return LinearState(total, earlier.rest + later.rest + lost)
+
+
+def _shape_of_state(k: Array, v: Array, options: Options, xp: Any) -> tuple[int, ...]:
+    leads = [] if options.key_mask is None else [tuple(options.key_mask.shape[:-1])]
+    n_sums = 1
+    if options.turns is not None:
+        *lead, _, n_sums = options.turns[1].shape
+        leads.append(tuple(lead))
+    return state_shape(k, v, options.feature_map, n_sums, options.normalize, leads, xp)
 
 
 def _handed_down(

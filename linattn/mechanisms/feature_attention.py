@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from linattn import _checks
+from linattn import _arrays, _checks
 from linattn._arrays import Array
 from linattn.engines import features, linear
 from linattn.engines.features import FeatureMap
-from linattn.mechanisms.attention import Attention, Call, room
+from linattn.mechanisms.attention import Attention, Call, State, room
 
 
 class FeatureAttention(Attention):
@@ -17,6 +17,7 @@ class FeatureAttention(Attention):
     feature_map: str | FeatureMap
     normalize: bool
     eps: Any
+    n_sums: ClassVar[int] = 1  # numbers in a token's turn, and sums in a state
 
     def _check_parameters(self) -> None:
         features.check(self.feature_map)
@@ -53,9 +54,18 @@ class FeatureAttention(Attention):
     def _weights(self, q: Array, k: Array, call: Call) -> Array:
         return linear.weights(q, k, self._options(q.shape[-2], k, call), call.xp)
 
+    def _state_shape(self, k: Array, v: Array, call: Call) -> tuple[int, ...]:
+        leads = [] if call.key_mask is None else [tuple(call.key_mask.shape[:-1])]
+        feature_map = features.find(self.feature_map)
+        return linear.state_shape(k, v, feature_map, self.n_sums, self.normalize, leads, call.xp)
+
     def _empty(self, k: Array, v: Array, call: Call) -> linear.LinearState:
-        shape = linear.state_shape(k, v, self._options(0, k, call), call.xp)
-        return linear.empty_state(shape, k, call.xp)
+        return linear.empty_state(self._state_shape(k, v, call), k, call.xp)
+
+    def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
+        dtype = "float64" if _arrays.dtype_name(k) == "float64" else "float32"
+        fits = (self._state_shape(k, v, call), dtype, _arrays.library(k))
+        _checks.state_arrays("state", state.arrays._asdict(), {"sums": fits, "rest": fits})
 
     def _merge(self, earlier: linear.LinearState, later: linear.LinearState, xp: Any) -> linear.LinearState:
         return linear.merge(earlier, later)

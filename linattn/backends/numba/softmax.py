@@ -71,8 +71,8 @@ def forward(q, k, v, *, scale, span, offset, key_mask, out, xp):
     return delivered(result, out, q.dtype, shape), lse
 
 
-def backward(d_out, q, k, v, out_saved, lse, *, scale, span, offset, key_mask, out, xp):
-    """d_q, d_k, d_v. `out_saved` and `lse` are not needed: their rounding would be in every weight."""
+def backward(d_out, q, k, v, *, scale, span, offset, key_mask, out, xp):
+    """d_q, d_k, d_v. The weights are made again from each row's own maximum and sum: a saved lse rounds them."""
     call = Call(q, k, v, span, offset, key_mask, d_out)
     dtype, lead, lead_kv = call.dtype, call.plan.lead, call.plan.lead_kv
     shapes = (*lead, call.N, call.D), (*lead_kv, call.M, call.D), (*lead_kv, call.M, call.E)

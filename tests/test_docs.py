@@ -1,0 +1,105 @@
+"""What README and CONTRIBUTING say is true: their commands are CI's, their code runs, their steps work."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ROOT / "docs" / "measured"
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name, language):
+    """The code blocks of a Markdown file."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text(name), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_readmes_commands_are_those_of_ci():
+    commands = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
+    assert commands == ["pip install -e . && python -m linattn compare", 'pip install -e ".[test]" && pytest']
+    script = text(".ci/run")
+    for part in ("pip install -q -e .\n", "python -m linattn compare\n", 'pip install -q -e ".[test]"\n', " pytest\n"):
+        assert part in script
+
+
+def test_readmes_code_runs():
+    (code,) = blocks("README.md", "python")
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["out"].shape == (8, 1000, 64)
+    assert abs(names["out"][:, 900:] - names["second"]).max() < 1e-13
+
+
+def test_links_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", text(name)) if "://" not in link]
+        assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+STEP = re.compile(
+    r"^In `([^`]+)`, (before|after) `([^`\n]+)`:\n\n```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE
+)
+
+
+def apply(steps, folder):
+    """Do what the guide says, in a copy."""
+    for file, where, line, code in steps:
+        path = folder / file
+        content = path.read_text(encoding="utf-8")
+        (at,) = re.finditer(rf"^{re.escape(line)}.*\n", content, flags=re.MULTILINE)
+        cut = at.start() if where == "before" else at.end()
+        path.write_text(content[:cut] + code + content[cut:], encoding="utf-8")
+
+
+def test_a_feature_map_in_six_steps(tmp_path):
+    guide = text("CONTRIBUTING.md")
+    steps = STEP.findall(guide)
+    assert len(steps) == 6
+    assert guide.count("```python\n") == len(steps)
+    for name in ("linattn", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("test_docs.py"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    apply(steps, tmp_path)
+    tests = ["tests/test_forward.py", "tests/test_gradients.py"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "softplus and (float64 or not float32)", *tests],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed
+    assert int(passed[1]) >= 50
+
+
+def tables():
+    return sorted(json.loads((MEASURED / "measured.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", tables())
+def test_measured_tables_are_shown(name):
+    """Each is written, by the command, and included on some page."""
+    page = (MEASURED / f"{name}.rst").read_text(encoding="utf-8")
+    assert page.startswith(f".. Written by scripts/measure_docs.py {name}; not by hand.")
+    pages = [file.read_text(encoding="utf-8") for file in (ROOT / "docs").rglob("*.rst")]
+    assert any(f"measured/{name}.rst" in page for page in pages)
+
+
+def test_pages_include_tables_that_exist():
+    for file in (ROOT / "docs").rglob("*.rst"):
+        for name in re.findall(r"include:: (\S+)", file.read_text(encoding="utf-8")):
+            assert (file.parent / name).resolve().exists(), f"{file.name}: {name}"
