@@ -1,6 +1,6 @@
 """LLN's scales from the moments of queries and keys, and back.
 
-    V(chi, D) = sigma_q^2 sigma_k^2      h = sqrt(chi / 2)      alpha = h / sigma_q      beta = h / sigma_k
+V(chi, D) = sigma_q^2 sigma_k^2      h = sqrt(chi / 2)      alpha = h / sigma_q      beta = h / sigma_k
 """
 
 from __future__ import annotations

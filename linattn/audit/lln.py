@@ -48,9 +48,7 @@ def lln(
     return log_weights(alpha * q, beta * k, pairs.visible)
 
 
-def lln_diag(
-    q: Array, k: Array, pairs: Any, *, block: int | None = None, ratio: Any = 0.5, **parameters: Any
-) -> Array:
+def lln_diag(q: Array, k: Array, pairs: Any, *, block: int | None = None, ratio: Any = 0.5, **parameters: Any) -> Array:
     """LLN + Diag: ratio LLN + (1 - ratio) softmax within aligned blocks; where that sees nothing, LLN alone."""
     block = max(q.shape[-1], 1) if block is None else block
     near = pairs.visible & (pairs.t[:, None] // block == pairs.s // block)
@@ -87,8 +85,8 @@ def scales(q: Array, k: Array, known_q: Any, known_k: Any, calibration: Any, sco
 def deviation(x: Array, known: Any, scope: str, lead_k: tuple[int, ...] | None) -> Array:
     """Standard deviation, count less 1, of all numbers of a scope.
 
-    tensor: everything; sample: each sequence and head; head: each head, over the first of two or more leading axes. Queries
-    of heads that share keys are one sample.
+    tensor: everything; sample: each sequence and head; head: each head, over the first of two or more leading axes.
+    Queries of heads that share keys are one sample.
     """
     if known is not None:
         known = np.broadcast_to(known, np.broadcast_shapes(x.shape, known.shape))
@@ -138,7 +136,7 @@ def log_variance(chi: float, dim: int) -> float:
 
 @lru_cache(maxsize=1024)
 def chi_of(target: float, dim: int) -> tuple[float, float]:
-    """chi with V(chi, D) = target by bracketing and false position, and V'(chi) from a polynomial through its surroundings."""
+    """chi with V(chi, D) = target by bracketing and false position; V'(chi) from a polynomial through points around."""
     if target < 1e-7:
         return dim * target, 1 / dim
     low, high = 0.0, 1.0

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from linattn.audit.loglinear import log_weights
 
-__all__ = ["FUNCTIONS", "features", "google_jax", "log_features", "performer", "performer_pytorch"]
+__all__ = ["FUNCTIONS", "general_features", "google_jax", "log_features", "performer", "performer_pytorch"]
 
 Array = NDArray[Any]
 
@@ -36,7 +36,7 @@ def performer(
     eps: float | None = None,
     **_: Any,
 ) -> Array:
-    """Performer (Choromanski et al., arXiv:2009.14794); `projection` (..., R', D), or the function of D that gives it."""
+    """Performer (Choromanski et al., arXiv:2009.14794); `projection`: (..., R', D), or a function of D."""
     options = {"projection": projection, "scale": scale, "calibration": calibration, "eps": eps, "features": features}
     if features in LOG_FEATURES:
         lq, lk = log_features(q, k, **options)

@@ -1,6 +1,6 @@
 """Softmax inside aligned blocks of the diagonal: the softmax engine on each block, the last one ragged.
 
-    out[t] = sum_s p[t, s] v[s],   p = softmax(scale q k^T) over the s in the block of t     block of t: floor(t / block)
+    out[t] = sum_s p[t, s] v[s],   p = softmax(scale q k^T) over the s with floor(s / block) = floor(t / block)
 
 Complete blocks are a leading axis of one call. The state of a stream is the keys and values of the block that is open;
 at a boundary they are dropped.
@@ -90,15 +90,14 @@ def backward(
     for piece in pieces(q.shape[-2], options, cached):
         part_q, part_k, part_v, own = _cut(q, k, v, state, options, piece, xp)
         g = _split(_arrays.cast(d_out, dtype, xp)[..., piece.first : piece.last, :], piece, xp)
-        d_q, d_k, d_v = softmax.backward(
-            g, softmax.Saved(part_q, part_k, part_v), own, room=room, out=None, xp=xp
-        )
+        d_q, d_k, d_v = softmax.backward(g, softmax.Saved(part_q, part_k, part_v), own, room=room, out=None, xp=xp)
         if piece.cached and before is not None:
             before = [
                 a + _arrays.unbroadcast(d[..., : piece.cached, :], tuple(a.shape), xp)
                 for a, d in zip(before, (d_k, d_v), strict=True)
             ]
-        for of, d, x in zip(grads, (d_q, d_k[..., piece.cached :, :], d_v[..., piece.cached :, :]), (q, k, v), strict=True):
+        own_grads = (d_q, d_k[..., piece.cached :, :], d_v[..., piece.cached :, :])
+        for of, d, x in zip(grads, own_grads, (q, k, v), strict=True):
             flat = xp.reshape(d, (*d.shape[:-3], -1, d.shape[-1])) if piece.blocks else d
             of.append(_arrays.unbroadcast(flat, (*x.shape[:-2], piece.last - piece.first, x.shape[-1]), xp))
     d_q, d_k, d_v = (
@@ -109,7 +108,8 @@ def backward(
         kept = _n_kept(k.shape[-2], options, cached)
         new = min(kept, k.shape[-2])
         d_k, d_v = (_plus_last(d, x, new, xp) for d, x in ((d_k, d_state.k), (d_v, d_state.v)))
-        before = [_plus_last(d, x[..., : kept - new, :], kept - new, xp) for d, x in zip(before, d_state[:2], strict=True)]
+        cached_part = (x[..., : kept - new, :] for x in d_state[:2])
+        before = [_plus_last(d, x, kept - new, xp) for d, x in zip(before, cached_part, strict=True)]
     return d_q, d_k, d_v, None if before is None else (before[0], before[1])
 
 

@@ -102,7 +102,7 @@ class LLN(Scaled, LogFeatureAttention):
         A[t, s] = sum_r exp(alpha q[t, r] + beta k[s, r]) / sum_s' sum_r exp(alpha q[t, r] + beta k[s', r])
         out[t] = sum_s A[t, s] v[s]                                            (no projection, no 1/sqrt(D))
 
-        target V* = sigma_q^2 sigma_k^2      V(chi, D) = V*      alpha = sqrt(chi/2) / sigma_q,  beta = sqrt(chi/2) / sigma_k
+        V(chi, D) = sigma_q^2 sigma_k^2        alpha = sqrt(chi/2) / sigma_q,  beta = sqrt(chi/2) / sigma_k
 
     V(chi, D) is the variance of ln sum_r exp(alpha q_r + beta k_r) for Gaussian q, k with
     chi = alpha^2 sigma_q^2 + beta^2 sigma_k^2.
@@ -241,8 +241,8 @@ class LLNDiag(Scaled):
     Notes
     -----
     Shapes: q (..., N, D), k (..., N, D), v (..., N, E), one dtype -> out (..., N, E).
-    Masked positions count as positions. The state of a stream is LLN's, and k and v of the open block; states merge where
-    the later one begins at a boundary of blocks.
+    Masked positions count as positions. The state of a stream is LLN's, and k and v of the open block; states merge
+    where the later one begins at a boundary of blocks.
     Held constant in the VJP: `ratio`, and alpha and beta as in `LLN`.
     Source: as for `LLN`. The authors' block is D, their ratio 1/2.
 
