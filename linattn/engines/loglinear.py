@@ -3,10 +3,10 @@
     A[t, s] = sum_r exp(lq[t, r] + lk[s, r])        for the keys that t sees, else 0
     out[t] = sum_s A[t, s] v[s] / sum_s A[t, s]     lse[t] = log sum_s A[t, s]
 
-It is the linear engine with one scale for each feature, the gauge: out does not change under
-lk[:, r] -= a_r, lq[:, r] += a_r, nor under lq[t] -= c_t. An integer power of two for each feature and one for each row keep
-every number in range, however large the logarithms are. Rescaling by them rounds nothing. So there is no eps, no overflow,
-no maximum over the future, and 1/2 <= den for every row that sees a key.
+It is the linear engine with one scale for each feature, the gauge: out does not change under lk[:, r] -= a_r,
+lq[:, r] += a_r, nor under lq[t] -= c_t. An integer power of two for each feature and one for each row keep every
+number in range, however large the logarithms are, and rescaling by them rounds nothing. So there is no eps, no
+overflow, no maximum over the future, and 1/2 <= den for every row that sees a key.
 
 The gauge is the running maximum of the online softmax (Milakov & Gimelshein, arXiv:1805.02867), kept for each feature.
 """
@@ -65,8 +65,8 @@ def forward(
 ) -> tuple[Array, Array, LogLinearState]:  # fmt: skip
     """out (..., N, E) in the dtype of v, lse (..., N), and the state after all keys.
 
-    lq (..., N, R), lk (..., M, R), v (..., M, E), leading axes broadcast; logarithms in float64 where the library has it,
-    whatever the dtype of v. -inf is a feature that is 0; NaN and inf give NaN. `room` is a backend's loglinear.py.
+    lq (..., N, R), lk (..., M, R), v (..., M, E), leading axes broadcast; logarithms in float64 where the library has
+    it, whatever the dtype of v. -inf is a feature that is 0; NaN and inf give NaN. `room` is a backend's loglinear.py.
     """
     if state is None:
         state = empty_state(state_shape(lk, v, options), v, xp)
@@ -82,14 +82,14 @@ def backward(
     """d_lq, d_lk, d_v in the accumulation dtype, and the cotangent of the incoming sums, at the gauge of that state.
 
     Nothing but the arguments of `forward` is needed. `d_state` is the cotangent of the outgoing sums at their gauge.
-    With `centre` (..., 1, E), by which the values are centred, both are cotangents of the sums of [v - centre, 1]: for a
-    sequence taken in pieces, so that an offset of v does not cancel between them.
+    With `centre` (..., 1, E), by which the values are centred, both are cotangents of the sums of [v - centre, 1]: for
+    a sequence taken in pieces, so that an offset of v does not cancel between them.
     """
     if state is None:
         state = empty_state(state_shape(lk, v, options), v, xp)
     return room.backward(
         d_out, d_lse, d_state, lq, lk, v, tuple(state), **options._asdict(), centre=centre, xp=xp
-    )  # fmt: skip
+    )
 
 
 def weights(lq: Array, lk: Array, options: Options, xp: Any) -> Array:

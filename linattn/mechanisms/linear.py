@@ -42,8 +42,8 @@ class Linear(FeatureAttention, LogFeatureAttention):
     No 1/sqrt(D): a scale of q or k cancels for homogeneous maps (relu, identity).
     Subgradient: relu'(0) = 0, elu1'(0) = 1. Held constant in the VJP: nothing.
     Cost: O(N R E) time, state R (E + 1) numbers; backward keeps q, k, v and one number a token.
-    "exp", normalised and with eps="safe", goes by the logarithms of the features: exact however large q and k are. With the
-    other options the sums themselves are asked for, and beyond exp's range they are inf.
+    "exp", normalised and with eps="safe", goes by the logarithms of the features: exact however large q and k are.
+    With the other options the sums themselves are asked for, and beyond exp's range they are inf.
     With signed features ("identity") the denominator may vanish or change sign: nothing is promised then.
     Source: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs", ICML 2020, arXiv:2006.16236.
 

@@ -79,7 +79,7 @@ def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre,
         after = xp.concat([after[..., :-1], after[..., -1:] + _sum(after[..., :-1] * wide_mu, xp)], axis=-1)
 
     grid = (Chunks if span == "past" else Whole)(lq, lk, state[2], key_mask, dtype, chunk_size, xp)
-    u, w, totals = grid.to_queries(g, v1, before)
+    u, w = grid.to_queries(g, v1, before)
     den = _sum(w, xp)
     dead = den == 0
     c = xp.where(dead, xp.ones_like(den), den)
@@ -150,7 +150,7 @@ class Whole:
         total = _arrays.cast(self.sums(v1, before), g.dtype, xp)
         u = self.phi_q * xp.matmul(g, xp.matrix_transpose(total[..., :-1]))
         w = self.phi_q * xp.matrix_transpose(total[..., -1:])
-        return u, w, total
+        return u, w
 
     def to_keys(self, h, v1, after):
         xp = self.xp
@@ -249,11 +249,11 @@ class Chunks:
         return self.uncut(out), total
 
     def to_queries(self, g, v1, first):
-        """u, w (..., N, R) and the sums after all keys."""
+        """u and w, (..., N, R)."""
         xp, dtype, T = self.xp, self.dtype, self.xp.matrix_transpose
         if self.n_tokens == 0:
             q = self.uncut(self.phi_q)
-            return q * _sum(g, xp), q, first
+            return q * _sum(g, xp), q
         g, c = self.values(g), self.values(v1)
         w = self.own_q * self.phi_k
         u = w * _sum(g * c[..., :-1], xp)
@@ -261,8 +261,7 @@ class Chunks:
         for width, q, k in self.levels():
             if width is None:
                 own = _arrays.cast(xp.matmul(T(k), c), first.dtype, xp)
-                sums, total = self.before_each(own, first, self.shift)
-                sums = _arrays.cast(sums, dtype, xp)
+                sums = _arrays.cast(self.before_each(own, first, self.shift)[0], dtype, xp)
                 u = u + q * xp.matmul(g, T(sums[..., :-1]))
                 w = w + q * T(sums[..., -1:])
             else:
@@ -271,7 +270,7 @@ class Chunks:
                 u = _merged(early, late + q * xp.matmul(scores, k), xp)
                 early, late = _halves(w, width, xp)
                 w = _merged(early, late + q * xp.sum(k, axis=-2, keepdims=True, dtype=dtype), xp)
-        return self.uncut(u), self.uncut(w), total
+        return self.uncut(u), self.uncut(w)
 
     def to_keys(self, h, v1, after):
         """d_lk, d_v and the cotangent of the incoming sums."""
@@ -287,9 +286,8 @@ class Chunks:
             if width is None:
                 own = _arrays.cast(xp.matmul(T(q), h), after.dtype, xp)
                 own = _arrays.unbroadcast(own, (*after.shape[:-2], *own.shape[-3:]), xp)
-                back = slice(None, None, -1)
-                sums, total = self.before_each(own[..., back, :, :], after, self.shift[..., back, :, :])
-                sums = _arrays.cast(sums[..., back, :, :], dtype, xp)
+                sums, total = self.before_each(xp.flip(own, axis=-3), after, xp.flip(self.shift, axis=-3))
+                sums = _arrays.cast(xp.flip(sums, axis=-3), dtype, xp)
                 d_lk = d_lk + k * xp.matmul(c, T(sums))
                 d_v = d_v + xp.matmul(k, sums[..., :-1])
             else:
