@@ -87,9 +87,7 @@ def backward(
     """
     if state is None:
         state = empty_state(state_shape(lk, v, options), v, xp)
-    return room.backward(
-        d_out, d_lse, d_state, lq, lk, v, tuple(state), **options._asdict(), centre=centre, xp=xp
-    )
+    return room.backward(d_out, d_lse, d_state, lq, lk, v, tuple(state), **options._asdict(), centre=centre, xp=xp)
 
 
 def weights(lq: Array, lk: Array, options: Options, xp: Any) -> Array:
