@@ -11,6 +11,7 @@ from linattn.mechanisms.attention import State
 from linattn.mechanisms.cosformer import CosFormer, cosformer
 from linattn.mechanisms.linear import Linear, linear_attention
 from linattn.mechanisms.lln import LLN, LLNDiag, lln, lln_diag
+from linattn.mechanisms.performer import Performer, performer
 from linattn.mechanisms.softmax import Softmax, softmax_attention
 from linattn.projections import draw_projection
 from linattn.states import load_state, save_state
@@ -23,6 +24,7 @@ __all__ = [
     "LLN",
     "LLNDiag",
     "Linear",
+    "Performer",
     "Softmax",
     "State",
     "cosformer",
@@ -32,6 +34,7 @@ __all__ = [
     "lln",
     "lln_diag",
     "load_state",
+    "performer",
     "save_state",
     "softmax_attention",
 ]

@@ -289,6 +289,35 @@ def real_or_nested(name: str, value: Any) -> Any:
     return found
 
 
+def not_negative(name: str, value: Any) -> None:
+    if real(name, value) < 0:
+        raise ValueError(f"`{name}` must not be negative, got {value}.")
+
+
+def real_array(name: str, value: Any, least_axes: int) -> np.ndarray:
+    """Finite numbers with so many axes at least, as a float64 array of NumPy that nobody writes to."""
+    if _arrays.namespace(value) is not None:
+        readable(name, value)
+        value = _arrays.to_numpy(value)
+    try:
+        x = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must hold real numbers, got {type(value).__name__}.") from None
+    if np.iscomplexobj(value):
+        raise TypeError(f"`{name}` must hold real numbers, got dtype {value.dtype}.")
+    if x.ndim < least_axes or 0 in x.shape[-least_axes:]:
+        raise ValueError(f"`{name}` must have at least {least_axes} axes, none of them empty, got shape {x.shape}.")
+    if not np.all(np.isfinite(x)):
+        raise ValueError(f"`{name}` must be finite, got NaN or inf.")
+    x.flags.writeable = False
+    return x
+
+
+def square(name: str, x: np.ndarray) -> None:
+    if x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"`{name}` must be square in its last two axes, got shape {x.shape}.")
+
+
 def own_axes(lead: tuple[int, ...], **shapes: tuple[int, ...]) -> tuple[int, ...]:
     """The leading shape of a call with the axes of a mechanism's own parameters joined in."""
     for name, shape in shapes.items():

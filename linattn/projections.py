@@ -164,4 +164,5 @@ def _signs(generators: list[np.random.Generator], width: int) -> Floats:
 
 
 def _lengths(rows: Floats) -> Floats:
-    return np.linalg.norm(rows, axis=-1, keepdims=True)
+    lengths: Floats = np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True))
+    return lengths

@@ -155,6 +155,6 @@ def chi_of(target: float, dim: int) -> tuple[float, float]:
         else:
             low, f_low, f_high, side = chi, f, f_high / 2 if side == -1 else f_high, -1
     near = np.polynomial.Chebyshev.interpolate(
-        lambda x: [log_variance(chi * math.exp(y), dim) for y in x], 8, domain=[-0.2, 0.2]
+        lambda x: np.array([log_variance(chi * math.exp(y), dim) for y in x]), 8, domain=[-0.2, 0.2]
     )
     return chi, float(near.deriv()(0.0)) / chi

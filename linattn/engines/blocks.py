@@ -164,7 +164,7 @@ def _joined(x: Array, lead: tuple[int, ...], piece: Piece, xp: Any) -> Array:
 
 def _rows_that_see(own: softmax.Options, n_rows: int, xp: Any) -> Array:
     """(..., rows, 1): whether a query sees any key of its block."""
-    mask = own.key_mask
+    mask: Any = own.key_mask
     if own.span == "all":
         return xp.broadcast_to(xp.any(mask, axis=-1, keepdims=True), (*mask.shape[:-1], n_rows))[..., None]
     return (xp.cumulative_sum(_arrays.cast(mask, xp.int32, xp), axis=-1) > 0)[..., own.offset :, None]

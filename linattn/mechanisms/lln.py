@@ -58,8 +58,9 @@ class Scaled(Attention):
             _checks.readable(name, x)
         with _arrays.quiet(q):
             found = self._fit(_arrays.plain(q), _arrays.plain(k), key_mask, xp)
-        fresh = {x.name: x.default for x in fields(self) if x.name in ("calibration", "scope", "statistics")}
-        return replace(self, alpha=_plain(found.alpha), beta=_plain(found.beta), **fresh)
+        this: Any = self
+        fresh = {x.name: x.default for x in fields(this) if x.name in ("calibration", "scope", "statistics")}
+        return replace(this, alpha=_plain(found.alpha), beta=_plain(found.beta), **fresh)
 
     def _check_scales(self) -> None:
         """Both or neither, as plain numbers; and the ways of matching them."""
@@ -203,7 +204,8 @@ class LLN(Scaled, LogFeatureAttention):
         if not self._differentiates:
             return None
         found = self._fit(q, k, call.key_mask, call.xp)
-        return _scales.fit_vjp(*d_constants, found, q, k, call.key_mask, call.xp)
+        d_alpha, d_beta = d_constants
+        return _scales.fit_vjp(d_alpha, d_beta, found, q, k, call.key_mask, call.xp)
 
 
 class LLNDiagState(NamedTuple):
@@ -299,11 +301,11 @@ class LLNDiag(Scaled):
         cache = None if arrays is None else SoftmaxState(*arrays[3:])
         where = room(call, q, "softmax")
         g, sees, cache, saved_near = blocks.forward(q, k, v, cache, near, room=where, xp=xp)
-        wide = (_arrays.cast(x, _arrays.accumulator(x, xp), xp) for x in (q, k, v))  # one rounding, at the end
-        y, linear, saved = self._linear._forward(*wide, linear, call, None)
+        a, b, c = (_arrays.cast(x, _arrays.accumulator(x, xp), xp) for x in (q, k, v))  # one rounding, at the end
+        y, linear, saved = self._linear._forward(a, b, c, linear, call, None)
         share = self._share(sees, g, xp)
         y = _arrays.fill(out, _arrays.cast(share * y + (1 - share) * g, dtype, xp))
-        after = None if cache is None else LLNDiagState(*linear, *cache)
+        after = None if cache is None else _joined(linear, cache)
         return y, after, (saved, saved_near, near, where, share, (q, k, v))
 
     def _backward(
@@ -325,7 +327,7 @@ class LLNDiag(Scaled):
         d_state = None
         if d_before is not None:
             d_k, d_v = (_arrays.cast(d, x.dtype, xp) for d, x in zip(d_before, primals[1:], strict=True))
-            d_state = LLNDiagState(*d_linear, d_k, d_v, None)
+            d_state = _joined(d_linear, SoftmaxState(d_k, d_v, None))
         return *finished, d_state
 
     def _share(self, sees: Array | None, like: Array, xp: Any) -> Array:
@@ -337,14 +339,14 @@ class LLNDiag(Scaled):
         xp = call.xp
         near = self._near(k, call, False)
         g = blocks.weights(q, k, near, xp)
-        linear = self._linear._weights(*(_arrays.cast(x, g.dtype, xp) for x in (q, k)), call)
+        linear = self._linear._weights(_arrays.cast(q, g.dtype, xp), _arrays.cast(k, g.dtype, xp), call)
         sees = xp.any(g != 0, axis=-1, keepdims=True) if g.shape[-1] else None  # some weight is at least 1 / block
         share = self._share(sees, g, xp)
         return _arrays.cast(share * linear + (1 - share) * g, q.dtype, xp)
 
     def _empty(self, k: Array, v: Array, call: Call) -> LLNDiagState:
-        wide = (_arrays.cast(x, _arrays.accumulator(x, call.xp), call.xp) for x in (k, v))
-        return LLNDiagState(*self._linear._empty(*wide, call), k, v, None)
+        wide_k, wide_v = (_arrays.cast(x, _arrays.accumulator(x, call.xp), call.xp) for x in (k, v))
+        return _joined(self._linear._empty(wide_k, wide_v, call), SoftmaxState(k, v, None))
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -362,13 +364,13 @@ class LLNDiag(Scaled):
         }
         n_cached = arrays.k.shape[-2]
         for name in ("k", "v"):
-            shape, *rest = want[name]
-            want[name] = ((*shape[:-2], n_cached, shape[-1]), *rest)
+            shape, dtype, library = want[name]
+            want[name] = ((*shape[:-2], n_cached, shape[-1]), dtype, library)
         _checks.state_arrays("state", arrays._asdict(), want)
 
     def _merge(self, earlier: LLNDiagState, later: LLNDiagState, xp: Any) -> LLNDiagState:
         linear = loglinear.merge(loglinear.LogLinearState(*earlier[:3]), loglinear.LogLinearState(*later[:3]), xp)
-        return LLNDiagState(*linear, *later[3:])
+        return _joined(linear, SoftmaxState(*later[3:]))
 
     def _refuse_merge(self, earlier: State, later: State) -> None:
         k, v = later.arrays.k, later.arrays.v
@@ -379,6 +381,10 @@ class LLNDiag(Scaled):
                 f"`later` must begin where `earlier` ends and a block begins (blocks of {block}), got a state from "
                 f"position {later.start} and one that ends at {earlier.position}: see `init_state(k, v, position=...)`."
             )
+
+
+def _joined(linear: loglinear.LogLinearState, cache: SoftmaxState) -> LLNDiagState:
+    return LLNDiagState(linear.sums, linear.rest, linear.gauge, cache.k, cache.v, cache.visible)
 
 
 def _given(value: Any, like: Array, xp: Any) -> Array:
