@@ -9,7 +9,7 @@ from linattn import _arrays
 from linattn._arrays import Array
 from linattn.engines import loglinear
 from linattn.engines.features import FeatureMap
-from linattn.mechanisms.attention import Attention, Call
+from linattn.mechanisms.attention import Attention, Call, State
 from linattn.mechanisms.feature_attention import FeatureAttention
 from linattn.mechanisms.log_feature_attention import LogFeatureAttention
 
@@ -86,6 +86,9 @@ class Linear(FeatureAttention, LogFeatureAttention):
 
     def _empty(self, k: Array, v: Array, call: Call) -> Any:
         return self._verbs._empty(self, k, v, call)
+
+    def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
+        self._verbs._refuse_state(self, state, k, v, call)
 
     def _merge(self, earlier: Any, later: Any, xp: Any) -> Any:
         return self._verbs._merge(self, earlier, later, xp)

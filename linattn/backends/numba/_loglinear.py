@@ -3,7 +3,7 @@
 A gauge m is held over a span of tokens: phi_q = fq 2^(nq + m - rho), phi_k = fk 2^(nk - m), and inside the span all is
 as in the linear engine, whose states and tiles these kernels use (_linear.py, _vector.py). A token whose log-feature
 exceeds the gauge by too much opens a new span: m rises to it, and the sums are multiplied by powers of two, exactly.
-The gauge of a token depends on earlier tokens and on itself only.
+The gauge of a token depends on earlier tokens and on itself only. A state is handed on in the gauge of all its keys.
 
 Blocks of T tokens keep their places when a span begins inside one: the block is run once for each span, with zeros for
 the tokens of the others, so that no product changes its order.
@@ -15,13 +15,40 @@ import math
 
 from ._jit import helper
 from ._linear import (
-    BLOCK, NV, N_BYTES, ROWS, T, add_cotangent, add_row, add_rows, add_scaled, clear, deliver_row, divided_row, dot,
-    load_centred, load_cotangent, load_state, store_state, transpose_state, visible_mean,
-)  # fmt: skip
+    BLOCK,
+    N_BYTES,
+    NV,
+    ROWS,
+    T,
+    add_cotangent,
+    add_row,
+    add_rows,
+    clear,
+    deliver_row,
+    divided_row,
+    dot,
+    load_centred,
+    load_cotangent,
+    load_state,
+    store_state,
+    transpose_state,
+    visible_mean,
+)
 from ._logs import (
-    NONE, first_excess, key_row, query_row, raise_gauge, row_limit, same_gauge, split_row, turn_columns,
-    turn_rows, turned, widen_gauge,
-)  # fmt: skip
+    NONE,
+    first_excess,
+    key_row,
+    query_row,
+    raise_gauge,
+    row_limit,
+    same_gauge,
+    split_row,
+    turn_columns,
+    turn_rows,
+    turned,
+    widen_gauge,
+    widen_gauge_rows,
+)
 from ._maps import copy_row
 from ._tiles import CHUNK
 from ._vector import advance, denominators, gather, product, retreat, scores, scores_back
@@ -40,7 +67,7 @@ def scratch_size(n_features: int, n_values: int, columns: int) -> int:
 def integers(n_features: int, columns: int) -> int:
     """The same for integers."""
     features = -(-n_features // columns) * columns
-    return (3 * CHUNK + 2) * features + 3 * CHUNK + 1
+    return (3 * CHUNK + 3) * features + 3 * CHUNK + 1
 
 
 # -- prologues --------------------------------------------------------------------------------------------------
@@ -185,7 +212,8 @@ def forward_kernel(salt):
     """The kernel with the salt of its cache key in its closure."""
 
     def loglinear_forward(
-        lq, lk, v, mask, sums, rest, gauge, out, lse, new_sums, new_rest, new_gauge, work, whole, table, dims, first, last
+        lq, lk, v, mask, sums, rest, gauge, out, lse, new_sums, new_rest, new_gauge,
+        work, whole, table, dims, first, last,
     ):  # fmt: skip
         """Heads first <= i < last: out, lse, and the state after all keys."""
         salt  # noqa: B018
@@ -223,7 +251,8 @@ def forward_kernel(salt):
         at += CHUNK * T
         d = work[at : at + CHUNK]
         NQ, NK, m = whole[: CHUNK * Fp], whole[CHUNK * Fp : 2 * CHUNK * Fp], whole[2 * CHUNK * Fp :][:Fp]
-        at = (2 * CHUNK + 1) * Fp
+        top = whole[(2 * CHUNK + 1) * Fp :][:Fp]
+        at = (2 * CHUNK + 2) * Fp
         limits, rho = whole[at : at + CHUNK], whole[at + CHUNK : at + 2 * CHUNK]
         clear(work)
         fill_none(NQ)
@@ -236,21 +265,21 @@ def forward_kernel(salt):
             if causal or not same:
                 load_state(sums, rest, j * F * E1, F, E, E1, Fp, cols, S, z, e)
                 load_gauge(gauge, j * F, F, m)
+                copy_row(m, top)
 
             if not causal and not same:
                 gauge_of_keys(lk, k_at, k_stride, mask, mask_at, mask_stride, masked, M, F, m)
-                load_gauge(gauge, j * F, F, NK[:Fp])
-                turned(NK[:Fp], m, turn)
+                turned(top, m, turn)
                 turn_rows(S, z, e, turn, F, Fp, Ep // cols, cols)
-                fill_none(NK[:Fp])
+                copy_row(m, top)
                 for c in range(0, M, CHUNK):
                     n = min(CHUNK, M - c)
                     split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
                                mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, most, room,
                                FK, NK, limits)  # fmt: skip
                     lay_keys(FK, NK, m, 0, n, Fp, K)
-                    lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride, masked,
-                               0, n, E, Ep, V)  # fmt: skip
+                    lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
+                               masked, 0, n, E, Ep, V)  # fmt: skip
                     add_rows(K, n, Fp, z, e)
                     for x in range(0, Ep, cols):
                         for f in range(0, Fp, ROWS):
@@ -263,6 +292,7 @@ def forward_kernel(salt):
                     split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
                                mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, most, room,
                                FK, NK, limits)  # fmt: skip
+                    widen_gauge_rows(NK, n, Fp, top)
                 a = 0
                 while a < n:
                     if causal:
@@ -299,9 +329,11 @@ def forward_kernel(salt):
                     a = b
 
             if not same:
+                turned(m, top, turn)
+                turn_rows(S, z, e, turn, F, Fp, Ep // cols, cols)
                 store_state(S, z, e, F, E, E1, Fp, cols, new_sums, new_rest, j * F * E1)
                 for f in range(F):
-                    new_gauge[j * F + f] = m[f]
+                    new_gauge[j * F + f] = top[f]
 
     return loglinear_forward
 
@@ -373,7 +405,8 @@ def backward_kernel(salt):
         at += CHUNK * T
         den = work[at : at + CHUNK]
         NQ, NK, m = whole[: CHUNK * Fp], whole[CHUNK * Fp : 2 * CHUNK * Fp], whole[2 * CHUNK * Fp :][:Fp]
-        at = (2 * CHUNK + 1) * Fp
+        top = whole[(2 * CHUNK + 1) * Fp :][:Fp]
+        at = (2 * CHUNK + 2) * Fp
         m_now = whole[at : at + Fp]
         at += Fp
         spans = whole[at : at + CHUNK * Fp]
@@ -399,10 +432,11 @@ def backward_kernel(salt):
             # sweep 1, forward in time: d_lq, den and go
             load_centred(sums, rest, state_at, F, E, E1, Ep, cols, mu, S, z, e)
             load_gauge(gauge, j * F, F, m)
+            copy_row(m, top)
             if not causal:
-                copy_row(m, m_now)
                 gauge_of_keys(lk, k_at, k_stride, mask, mask_at, mask_stride, masked, M, F, m)
-                turned(m_now, m, turn)
+                turned(top, m, turn)
+                copy_row(m, top)
                 turn_columns(S, turn, E, Ep, Fp // cols, cols)
                 turn_rows(S, z, e, turn, 0, Fp, 0, cols)
                 for c in range(0, M, CHUNK):
@@ -411,13 +445,12 @@ def backward_kernel(salt):
                                mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, most, room,
                                FK, NK, limits)  # fmt: skip
                     lay_keys(FK, NK, m, 0, n, Fp, K)
-                    lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride, masked,
-                               0, n, E, Ep, V)  # fmt: skip
+                    lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
+                               masked, 0, n, E, Ep, V)  # fmt: skip
                     add_rows(K, n, Fp, z, e)
                     for f in range(0, Fp, cols):
                         for x in range(0, Ep, ROWS):
                             gather(V, x, Ep, K, f, Fp, n, S, (f // cols * Ep + x) * 2 * cols, 2 * cols)
-            # the cotangent of the outgoing state stands at the gauge of all keys
             load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Fp, cols, mu, X, r, r_rest)
             if centred and d_state_given and not same:
                 for f in range(F):
@@ -431,6 +464,7 @@ def backward_kernel(salt):
                     split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
                                mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, most, room,
                                FK, NK, limits)  # fmt: skip
+                    widen_gauge_rows(NK, n, Fp, top)
                 a = 0
                 while a < n:
                     if causal:
@@ -476,7 +510,10 @@ def backward_kernel(salt):
                         for f in range(0, Fp, ROWS):
                             gather(Q, f, Fp, G, x, Ep, n, X, (x // cols * Fp + f) * 2 * cols, 2 * cols)
 
-            # sweep 2, backward in time: d_lk and d_v
+            # sweep 2, backward in time: d_lk and d_v; the outgoing state's cotangent stands at the gauge of all keys
+            if not same_gauge(m, top):
+                turned(m, top, turn)
+                turn_rows(X, r, r_rest, turn, F, Fp, Ep // cols, cols)
             transpose_state(X, F, E, Fp, Ep, cols, S)
             for c in range((M - 1) // CHUNK * CHUNK, -1, -CHUNK):
                 n = min(CHUNK, M - c)
@@ -513,8 +550,8 @@ def backward_kernel(salt):
                         turn_rows(X, r, r_rest, turn, F, Fp, Ep // cols, cols)
                         copy_row(m_span, m)
                     lay_keys(FK, NK, m, a, b, Fp, K)
-                    lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride, masked,
-                               a, b, E, Ep, V)  # fmt: skip
+                    lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
+                               masked, a, b, E, Ep, V)  # fmt: skip
                     if causal:
                         lay_cotangents(d_out, g_at + c * g_stride, g_stride, den, True, a, b, E, Ep, G)
                         lay_queries(FQ, NQ, m, a, b, Fp, Q, rho)

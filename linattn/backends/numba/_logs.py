@@ -1,8 +1,9 @@
 """Log-features as integers and numbers near 1, and the gauges that keep their exponentials in range.
 
-    e^x = f 2^n     f in [2^-1/2, 2^1/2] and n an integer; -inf is f = 0, NaN, inf and what is beyond LIMIT f = NaN, n = NONE
+    e^x = f 2^n     f in [2^-1/2, 2^1/2] and n an integer
 
-Rows have Fp numbers, filled up with f = 0, n = NONE. A gauge m is one integer a feature, NONE where no key has been yet.
+-inf is f = 0; NaN, inf and what is beyond LIMIT are f = NaN; both have n = NONE. Rows have Fp numbers, filled up
+with f = 0, n = NONE. A gauge m is one integer a feature, NONE where no key has been yet.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ._maps import BIAS, LOG2E, MANTISSA, exp
 
 __all__ = [
     "NONE", "first_excess", "head_room", "key_row", "query_row", "raise_gauge", "row_limit", "same_gauge", "split_row",
-    "turn_columns", "turn_rows", "turned", "widen_gauge",
+    "turn_columns", "turn_rows", "turned", "widen_gauge", "widen_gauge_rows",
 ]  # fmt: skip
 
 NONE = -(2**29)
@@ -98,13 +99,22 @@ def head_room(itemsize: int, n_features: int) -> tuple[int, int]:
 
 @helper
 def row_limit(v, most, room):
-    """The bits by which this token may exceed the gauge: fewer where huge values leave no room, whatever comes later."""
+    """The bits by which this token may exceed the gauge: fewer where its values are huge."""
     top = v.dtype.type(0)
     for i in range(v.size):
         a = abs(v[i])
         if a - a == 0 and a > top:
             top = a
-    return types.int32(max(0, min(most, room - math.frexp(top)[1])))
+    return types.int32(min(most, max(0, room - math.frexp(top)[1])))
+
+
+@helper
+def widen_gauge_rows(n, count, Fp, m):
+    """m = max(m, n of a chunk's rows)"""
+    for t in range(count):
+        row = n[t * Fp : (t + 1) * Fp]
+        for i in range(m.size):
+            m[i] = max(m[i], row[i])
 
 
 @helper
@@ -125,10 +135,10 @@ def turned(old, new, turn):
 
 @helper
 def same_gauge(a, b):
+    differ = 0
     for i in range(a.size):
-        if a[i] != b[i]:
-            return False
-    return True
+        differ |= a[i] ^ b[i]
+    return differ == 0
 
 
 @helper

@@ -76,8 +76,8 @@ class Call:
         q_stride, g_stride, l_stride, k_stride, v_stride, mask_stride, centre_stride = self.plan.strides
         switches = (span == "past", *(x is not None for x in (key_mask, d_state, d_lse, centre)))
         self.dims = np.array(
-            [self.N, self.M, self.R, self.E, q_stride, k_stride, v_stride, mask_stride, g_stride, l_stride, centre_stride,
-             *switches, *head_room(dtype.itemsize, self.R)],
+            [self.N, self.M, self.R, self.E, q_stride, k_stride, v_stride, mask_stride, g_stride, l_stride,
+             centre_stride, *switches, *head_room(dtype.itemsize, self.R)],
             np.int64,
         )  # fmt: skip
         self.columns = TILE.columns(dtype.itemsize)
