@@ -77,13 +77,12 @@ def forward(
 def backward(
     d_out: Array, d_lse: Array | None, d_state: Array | None,
     lq: Array, lk: Array, v: Array, state: LogLinearState | None, options: Options,
-    *, room: ModuleType, xp: Any, centre: Array | None = None,
+    *, room: ModuleType, xp: Any, centre: bool = True,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """d_lq, d_lk, d_v in the accumulation dtype, and the cotangent of the incoming sums, at the gauge of that state.
 
     Nothing but the arguments of `forward` is needed. `d_state` is the cotangent of the outgoing sums at their gauge.
-    With `centre` (..., 1, E), by which the values are centred, both are cotangents of the sums of [v - centre, 1]: for
-    a sequence taken in pieces, so that an offset of v does not cancel between them.
+    Values are centred, which changes nothing but the rounding; not if `centre` is False, for values that already are.
     """
     if state is None:
         state = empty_state(state_shape(lk, v, options), v, xp)
@@ -93,6 +92,14 @@ def backward(
 def weights(lq: Array, lk: Array, options: Options, xp: Any) -> Array:
     """A[t, s] / sum_s A[t, s], (..., N, M): what the mechanism means. O(N M R)."""
     return reference.weights(lq, lk, **options._asdict(), xp=xp)
+
+
+def centred(state: LogLinearState, centre: Array, xp: Any) -> LogLinearState:
+    """The state of the values less `centre` (..., 1, E): S_num - z centre^T."""
+    total = reference.value(state, xp)
+    lost = total[..., -1:] * _arrays.cast(centre, total.dtype, xp)
+    total = xp.concat([total[..., :-1] - lost, total[..., -1:]], axis=-1)
+    return LogLinearState(*reference.rounded(total, state.sums, xp), state.gauge)
 
 
 def merge(earlier: LogLinearState, later: LogLinearState, xp: Any) -> LogLinearState:

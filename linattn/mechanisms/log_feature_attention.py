@@ -10,7 +10,7 @@ from typing import Any
 
 from linattn import _arrays
 from linattn._arrays import Array
-from linattn.engines import loglinear
+from linattn.engines import log_features, loglinear
 from linattn.mechanisms.attention import Attention, Call, room
 
 
@@ -55,9 +55,8 @@ class LogFeatureAttention(Attention):
 
     def _forward(self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any) -> tuple[Array, Any, Any]:
         constants = self._constants(q, k, call)
-        where, options = room(call, q, "loglinear"), _options(call)
-        lq, lk = self._log_q(q, constants, call), self._log_k(k, constants, call)
-        y, _, after = loglinear.forward(lq, lk, v, arrays, options, room=where, out=out, xp=call.xp)
+        where, features = room(call, q, "loglinear"), self._log_features(constants, call)
+        y, after = log_features.forward(features, q, k, v, arrays, _options(call), room=where, out=out, xp=call.xp)
         return y, after, (q, k, v, arrays, constants, where)
 
     def _backward(
@@ -70,15 +69,12 @@ class LogFeatureAttention(Attention):
     ) -> tuple[Array, Array, Array, Any, tuple[Any, ...]]:
         """d_q, d_k, d_v, d_arrays and the cotangents of the constants; of what `_forward` saved."""
         q, k, v, arrays, constants, where = saved
-        xp, options = call.xp, _options(call)
+        xp = call.xp
         d_state = None if d_arrays is None else d_arrays.sums + d_arrays.rest
-        lq, lk = self._log_q(q, constants, call), self._log_k(k, constants, call)
-        d_lq, d_lk, d_v, d_sums = loglinear.backward(
-            d_out, None, d_state, lq, lk, v, arrays, options, room=where, xp=xp
+        features = self._log_features(constants, call)
+        d_q, d_k, d_v, d_sums, d_constants = log_features.backward(
+            features, d_out, d_state, q, k, v, arrays, _options(call), room=where, xp=xp
         )
-        d_q, from_q = self._log_q_vjp(d_lq, q, constants, call)
-        d_k, from_k = self._log_k_vjp(d_lk, k, constants, call)
-        d_constants = from_q and from_k and tuple(a + b for a, b in zip(from_q, from_k, strict=True))
         through = self._constants_vjp(d_constants, q, k, constants, call)
         if through is not None:
             d_q, d_k = d_q + through[0], d_k + through[1]
@@ -87,6 +83,14 @@ class LogFeatureAttention(Attention):
             for o, d_x, x in zip(out or (None, None, None), (d_q, d_k, d_v), (q, k, v), strict=True)
         )
         return *grads, _cotangent(d_sums, xp), d_constants
+
+    def _log_features(self, constants: tuple[Any, ...], call: Call) -> log_features.LogFeatures:
+        return log_features.LogFeatures(
+            lambda q: self._log_q(q, constants, call),
+            lambda k: self._log_k(k, constants, call),
+            lambda d_lq, q: self._log_q_vjp(d_lq, q, constants, call),
+            lambda d_lk, k: self._log_k_vjp(d_lk, k, constants, call),
+        )
 
     def _weights(self, q: Array, k: Array, call: Call) -> Array:
         constants = self._constants(q, k, call)

@@ -219,7 +219,7 @@ def forward_kernel(salt):
         salt  # noqa: B018
         N, M, F, E = dims[0], dims[1], dims[2], dims[3]
         q_stride, k_stride, v_stride, mask_stride = dims[4], dims[5], dims[6], dims[7]
-        causal, masked, most, room = dims[11] == 1, dims[12] == 1, dims[16], dims[17]
+        causal, masked, most, room = dims[10] == 1, dims[11] == 1, dims[15], dims[16]
         E1 = E + 1
         cols = NV * (N_BYTES // work.itemsize)
         Fp, Ep = -(-F // cols) * cols, -(-E // cols) * cols
@@ -345,7 +345,7 @@ def backward_kernel(salt):
     """The kernel with the salt of its cache key in its closure."""
 
     def loglinear_backward(
-        d_out, d_lse, d_state, lq, lk, v, mask, centre, sums, rest, gauge,
+        d_out, d_lse, d_state, lq, lk, v, mask, sums, rest, gauge,
         d_lq, d_lk, d_v, d_before, work, whole, marks, c_go, table, dims, first, last,
     ):  # fmt: skip
         """Heads first <= i < last: the lines of `loglinear_forward`, last line first; vc = v - mu, G = d_out / den.
@@ -359,8 +359,8 @@ def backward_kernel(salt):
         N, M, F, E = dims[0], dims[1], dims[2], dims[3]
         q_stride, k_stride, v_stride, mask_stride = dims[4], dims[5], dims[6], dims[7]
         g_stride, l_stride = dims[8], dims[9]
-        causal, masked, d_state_given = dims[11] == 1, dims[12] == 1, dims[13] == 1
-        d_lse_given, centred, most, room = dims[14] == 1, dims[15] == 1, dims[16], dims[17]
+        causal, masked, d_state_given = dims[10] == 1, dims[11] == 1, dims[12] == 1
+        d_lse_given, centre, most, room = dims[13] == 1, dims[14] == 1, dims[15], dims[16]
         E1 = E + 1
         zero, one = work.dtype.type(0), work.dtype.type(1)
         cols = NV * (N_BYTES // work.itemsize)
@@ -420,14 +420,14 @@ def backward_kernel(salt):
         for i in range(first, last):
             j, head = table[i, 0], table[i, 1]
             q_at, g_at, l_at = table[i, 2], table[i, 3], table[i, 4]
-            k_at, v_at, mask_at, centre_at = table[i, 5], table[i, 6], table[i, 7], table[i, 8]
+            k_at, v_at, mask_at = table[i, 5], table[i, 6], table[i, 7]
             same = i > first and table[i - 1, 0] == j  # another query head of the same keys: its d_lk, d_v add
             state_at = j * F * E1
             if not same:
-                if centred:
-                    copy_row(centre[centre_at : centre_at + E], mu)
-                else:
+                if centre:
                     visible_mean(v, v_at, v_stride, M, E, mask, mask_at, mask_stride, masked, mu)
+                else:
+                    clear(mu)
 
             # sweep 1, forward in time: d_lq, den and go
             load_centred(sums, rest, state_at, F, E, E1, Ep, cols, mu, S, z, e)
@@ -452,9 +452,6 @@ def backward_kernel(salt):
                         for x in range(0, Ep, ROWS):
                             gather(V, x, Ep, K, f, Fp, n, S, (f // cols * Ep + x) * 2 * cols, 2 * cols)
             load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Fp, cols, mu, X, r, r_rest)
-            if centred and d_state_given and not same:
-                for f in range(F):
-                    r[f] = d_state[state_at + f * E1 + E]
 
             for c in range(0, N, CHUNK):
                 n = min(CHUNK, N - c)
@@ -589,10 +586,6 @@ def backward_kernel(salt):
             if not same_gauge(m_now, m):
                 turned(m_now, m, turn)
                 turn_rows(X, r, r_rest, turn, F, Fp, Ep // cols, cols)
-            if centred:
-                clear(mu)
             add_cotangent(X, r, F, E, E1, Fp, cols, mu, d_before, state_at, not same)
-            if centred:
-                copy_row(centre[centre_at : centre_at + E], mu)
 
     return loglinear_backward

@@ -38,23 +38,23 @@ def kernel(direction: str, dtype: np.dtype):
     if direction == "forward":
         arguments = (log, log, x, mask, x, x, gauge, *[made] * 4, whole, made, whole, *rest)
         return compile_kernel(forward_kernel, arguments)
-    arguments = (x, x, x, log, log, x, mask, x, x, x, gauge, *[made] * 5, whole, whole, made, *rest)
+    arguments = (x, x, x, log, log, x, mask, x, x, gauge, *[made] * 5, whole, whole, made, *rest)
     return compile_kernel(backward_kernel, arguments)
 
 
 class Call:
     """What both directions need of the logarithms, v and the mask: flat views, the plan, sizes and switches."""
 
-    def __init__(self, lq, lk, v, state, span, key_mask, d_out=None, d_lse=None, d_state=None, centre=None):
+    def __init__(self, lq, lk, v, state, span, key_mask, d_out=None, d_lse=None, d_state=None, centre=True):
         lq, lk, v = np.asarray(lq, np.float64), np.asarray(lk, np.float64), widened(v)
         self.dtype = dtype = v.dtype
         self.lq, lq = flat(lq)
         self.lk, lk = flat(lk)
         self.v, v = flat(v)
         none = self.v[:0]
-        mask_array = d_out_array = d_lse_array = centre_array = None
+        mask_array = d_out_array = d_lse_array = None
         self.mask = np.zeros(0, np.bool_)
-        self.d_out = self.d_lse = self.centre = none
+        self.d_out = self.d_lse = none
         if key_mask is not None:
             self.mask, key_mask = flat(key_mask, last_axis=False)
             mask_array = described(key_mask, 1)
@@ -64,20 +64,15 @@ class Call:
         if d_lse is not None:
             self.d_lse, d_lse = flat(np.asarray(d_lse, dtype), last_axis=False)
             d_lse_array = described(d_lse, 1)
-        if centre is not None:
-            self.centre, centre = flat(np.asarray(centre, dtype))
-            centre_array = described(centre, 2)
-        self.plan = plan(
-            (described(lk, 2), described(v, 2), mask_array, centre_array), (described(lq, 2), d_out_array, d_lse_array)
-        )
+        self.plan = plan((described(lk, 2), described(v, 2), mask_array), (described(lq, 2), d_out_array, d_lse_array))
         self.N, self.M, self.R, self.E = lq.shape[-2], lk.shape[-2], lq.shape[-1], v.shape[-1]
         self.sums, self.rest = (np.ascontiguousarray(x, dtype).reshape(-1) for x in state[:2])
         self.gauge = np.ascontiguousarray(state[2], np.int32).reshape(-1)
-        q_stride, g_stride, l_stride, k_stride, v_stride, mask_stride, centre_stride = self.plan.strides
-        switches = (span == "past", *(x is not None for x in (key_mask, d_state, d_lse, centre)))
+        q_stride, g_stride, l_stride, k_stride, v_stride, mask_stride = self.plan.strides
+        switches = (span == "past", *(x is not None for x in (key_mask, d_state, d_lse)), centre)
         self.dims = np.array(
             [self.N, self.M, self.R, self.E, q_stride, k_stride, v_stride, mask_stride, g_stride, l_stride,
-             centre_stride, *switches, *head_room(dtype.itemsize, self.R)],
+             *switches, *head_room(dtype.itemsize, self.R)],
             np.int64,
         )  # fmt: skip
         self.columns = TILE.columns(dtype.itemsize)
@@ -118,7 +113,7 @@ def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre,
     marks = np.empty(-(-call.N // CHUNK) * padded, np.int32)
     c_go = np.empty(2 * call.N, dtype)
     kernel("backward", dtype)(
-        call.d_out, call.d_lse, after, *call.operands, call.centre, call.sums, call.rest, call.gauge,
+        call.d_out, call.d_lse, after, *call.operands, call.sums, call.rest, call.gauge,
         *(x.reshape(-1) for x in (d_lq, d_lk, d_v, d_before)), call.work, call.whole, marks, c_go,
         call.plan.table, call.dims, 0, prod(lead),
     )  # fmt: skip

@@ -38,10 +38,10 @@ def forward(lq, lk, v, state, *, span, key_mask, out, xp, chunk_size=CHUNK):
     v1 = _with_ones(visible(_arrays.cast(v, dtype, xp), key_mask, xp), xp)
     if span == "past":
         grid = Chunks(lq, lk, state[2], key_mask, dtype, chunk_size, xp)
-        num_den, total = grid.attend(v1, _value(state, xp))
+        num_den, total = grid.attend(v1, value(state, xp))
     else:
         grid = Whole(lq, lk, state[2], key_mask, dtype, chunk_size, xp)
-        total = grid.sums(v1, _value(state, xp))
+        total = grid.sums(v1, value(state, xp))
         num_den = xp.matmul(grid.phi_q, _arrays.cast(total, dtype, xp))
     num, den = num_den[..., :-1], num_den[..., -1:]
     dead = den == 0
@@ -52,7 +52,7 @@ def forward(lq, lk, v, state, *, span, key_mask, out, xp, chunk_size=CHUNK):
         _arrays.cast(c, _arrays.wide(lq, xp), xp)
     )
     lse = xp.where(dead, xp.full_like(lse, -math.inf), lse)[..., 0]
-    after = (*_rounded(total, state[0], xp), xp.broadcast_to(grid.gauge, tuple(state[2].shape)))
+    after = (*rounded(total, state[0], xp), xp.broadcast_to(grid.gauge, tuple(state[2].shape)))
     return _arrays.fill(out, _arrays.cast(result, v.dtype, xp)), _arrays.cast(lse, dtype, xp), after
 
 
@@ -64,19 +64,18 @@ def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre,
     h     = [g, -go] / den                         w[t, r] = sum_s phi_q[t, r] phi_k[s, r],   den = sum_r w
     d_lk[s, r] = sum_t phi_q[t, r] phi_k[s, r] (h[t] . [v - mu, 1][s])            d_v[s] = sum_t A[t, s] h[t]
 
-    With `centre` (..., 1, E) that is mu, and cotangents of states are those of the sums of [v - mu, 1]; without it they
-    are those of the sums of [v, 1].
+    Not `centre`: mu = 0. The cotangents of states are those of the sums of [v, 1] in any case.
     """
     dtype = _arrays.accumulator(v, xp)
     g, values = _arrays.cast(d_out, dtype, xp), visible(_arrays.cast(v, dtype, xp), key_mask, xp)
-    before = _value(state, xp)
+    before = value(state, xp)
     after = xp.zeros_like(before) if d_state is None else _arrays.cast(d_state, before.dtype, xp)
-    mu = visible_mean(values, key_mask, xp) if centre is None else _arrays.cast(centre, dtype, xp)
+    mu = visible_mean(values, key_mask, xp)
+    mu = mu if centre else xp.zeros_like(mu)
     v1 = _with_ones(visible(values - mu, key_mask, xp), xp)
     wide_mu = _arrays.cast(mu, before.dtype, xp)
     before = xp.concat([before[..., :-1] - before[..., -1:] * wide_mu, before[..., -1:]], axis=-1)
-    if centre is None:
-        after = xp.concat([after[..., :-1], after[..., -1:] + _sum(after[..., :-1] * wide_mu, xp)], axis=-1)
+    after = xp.concat([after[..., :-1], after[..., -1:] + _sum(after[..., :-1] * wide_mu, xp)], axis=-1)
 
     grid = (Chunks if span == "past" else Whole)(lq, lk, state[2], key_mask, dtype, chunk_size, xp)
     u, w = grid.to_queries(g, v1, before)
@@ -89,8 +88,7 @@ def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre,
     d_lq = xp.where(dead, xp.zeros_like(u), (u - go * w) / c)
     h = _joined(xp.where(dead, xp.zeros_like(g), g / c), xp.where(dead, xp.zeros_like(go), -go / c), xp)
     d_lk, d_v, d_before = grid.to_keys(h, v1, after)
-    if centre is None:
-        d_before = xp.concat([d_before[..., :-1], d_before[..., -1:] - _sum(d_before[..., :-1] * wide_mu, xp)], axis=-1)
+    d_before = xp.concat([d_before[..., :-1], d_before[..., -1:] - _sum(d_before[..., :-1] * wide_mu, xp)], axis=-1)
 
     d_lk, d_v = visible(d_lk, key_mask, xp), visible(d_v, key_mask, xp)
     grads = (_arrays.unbroadcast(d_x, tuple(x.shape), xp) for d_x, x in ((d_lq, lq), (d_lk, lk), (d_v, v)))
@@ -429,13 +427,13 @@ def _sum(x, xp):
     return xp.sum(x, axis=-1, keepdims=True, dtype=x.dtype)
 
 
-def _value(state, xp):
+def value(state, xp):
     """sums + rest, in the dtype of running totals."""
     sums, rest = (_arrays.cast(x, _arrays.wide(x, xp), xp) for x in state[:2])
     return sums + rest
 
 
-def _rounded(total, like, xp):
+def rounded(total, like, xp):
     """A running total as (sums, rest) in the dtype of the state."""
     sums = _arrays.cast(total, like.dtype, xp)
     rest = _arrays.cast(total - _arrays.cast(sums, total.dtype, xp), like.dtype, xp)
