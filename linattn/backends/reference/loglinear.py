@@ -283,7 +283,9 @@ class Chunks:
         for width, q, k in self.levels():
             if width is None:
                 own = _arrays.cast(xp.matmul(T(q), h), after.dtype, xp)
-                own = _arrays.unbroadcast(own, (*after.shape[:-2], *own.shape[-3:]), xp)
+                # the state is that of its keys: queries that share them add up, in it and in what the pairs gave
+                lead = tuple(after.shape[:-2])
+                own, d_lk, d_v = (_arrays.unbroadcast(x, (*lead, *x.shape[-3:]), xp) for x in (own, d_lk, d_v))
                 sums, total = self.before_each(xp.flip(own, axis=-3), after, xp.flip(self.shift, axis=-3))
                 sums = _arrays.cast(xp.flip(sums, axis=-3), dtype, xp)
                 d_lk = d_lk + k * xp.matmul(c, T(sums))
