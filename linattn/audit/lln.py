@@ -35,7 +35,9 @@ def lln(
     statistics: str = "detached",
 ) -> Array:
     """LLN attention (Nahshan et al., arXiv:2311.13541)."""
-    if alpha is None:
+    if alpha is None and pairs.visible.size == 0:
+        alpha = beta = np.ones((1, 1))  # no row, or no key: no weight either
+    elif alpha is None:
         whole, known_q, known_k = pairs.every_q, None, pairs.visible[..., :1, :].swapaxes(-1, -2)
         if pairs.n_queries == pairs.n_keys:
             known_q = known_k

@@ -98,7 +98,7 @@ def backward(
             ]
         own_grads = (d_q, d_k[..., piece.cached :, :], d_v[..., piece.cached :, :])
         for of, d, x in zip(grads, own_grads, (q, k, v), strict=True):
-            flat = xp.reshape(d, (*d.shape[:-3], -1, d.shape[-1])) if piece.blocks else d
+            flat = _flat(d, piece, xp)
             of.append(_arrays.unbroadcast(flat, (*x.shape[:-2], piece.last - piece.first, x.shape[-1]), xp))
     d_q, d_k, d_v = (
         xp.concat(of, axis=-2) if of else xp.zeros_like(_arrays.cast(x, dtype, xp))
@@ -146,19 +146,24 @@ def _cut(
         k, v, mask = softmax.extend(state, k, v, mask, xp)
     q, k, v = (_split(_arrays.cast(x, dtype, xp), piece, xp) for x in (q, k, v))
     if mask is not None and piece.blocks:
-        mask = xp.reshape(mask, (*mask.shape[:-1], piece.blocks, -1))
+        mask = xp.reshape(mask, (*mask.shape[:-1], piece.blocks, options.block))
     return q, k, v, softmax.Options(options.scale, options.span, piece.cached, mask)
 
 
 def _split(x: Array, piece: Piece, xp: Any) -> Array:
     """(..., T, d) -> (..., blocks, block, d)."""
-    return xp.reshape(x, (*x.shape[:-2], piece.blocks, -1, x.shape[-1])) if piece.blocks else x
+    size = (piece.last - piece.first) // max(piece.blocks, 1)
+    return xp.reshape(x, (*x.shape[:-2], piece.blocks, size, x.shape[-1])) if piece.blocks else x
+
+
+def _flat(x: Array, piece: Piece, xp: Any) -> Array:
+    """(..., blocks, block, d) -> (..., T, d)."""
+    return xp.reshape(x, (*x.shape[:-3], piece.last - piece.first, x.shape[-1])) if piece.blocks else x
 
 
 def _joined(x: Array, lead: tuple[int, ...], piece: Piece, xp: Any) -> Array:
     """(..., blocks, block, d) -> (*lead, T, d)."""
-    if piece.blocks:
-        x = xp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))
+    x = _flat(x, piece, xp)
     return xp.broadcast_to(x, (*lead, *x.shape[-2:]))
 
 
