@@ -160,9 +160,8 @@ def _gaussians(generators: list[np.random.Generator], dim: int) -> Floats:
 
 def _signs(generators: list[np.random.Generator], width: int) -> Floats:
     draws = [rng.integers(0, 2, size=(HADAMARD_ROUNDS, width)) for rng in generators]
-    return 2.0 * np.stack(draws) - 1.0
+    return np.where(np.stack(draws) == 0, -1.0, 1.0)
 
 
 def _lengths(rows: Floats) -> Floats:
-    lengths: Floats = np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True))
-    return lengths
+    return np.asarray(np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True)), dtype=np.float64)

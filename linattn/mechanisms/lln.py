@@ -93,7 +93,7 @@ class Scaled(Attention):
         if self.alpha is None and (call.causal or streaming):
             what = "stream" if streaming else "be causal"
             remedy = "give both, or freeze them with `.calibrate(q, k)`"
-            raise _checks.not_offered(self, f"{what} without `alpha` and `beta`", f"{LOOK_AHEAD}; {remedy}")
+            raise ValueError(f"`{self!r}` cannot {what} without `alpha` and `beta`: {LOOK_AHEAD}; {remedy}.")
 
 
 @dataclass(frozen=True, repr=False)

@@ -226,7 +226,7 @@ class Performer(RandomFeatureAttention):
         for name, x in (("q", q), ("k", k)):
             _checks.readable(name, x)
         if not self._of_softmax:
-            raise _checks.not_offered(self, "be calibrated", "its kernel is not softmax's")
+            raise ValueError(f"`{self!r}` cannot be calibrated: its kernel is not softmax's.")
         with _arrays.quiet(q):
             clouds = _calibration.clouds(_arrays.plain(q), _arrays.plain(k), self._scale(q), key_mask)
         for name, spread in (("q", clouds.sx), ("k", clouds.sy)):
@@ -272,8 +272,9 @@ class Performer(RandomFeatureAttention):
 
     def _refuse(self, call: Call, streaming: bool) -> None:
         if self.features in _calibration.FITTED and self.calibration is None:
-            why = "its features are fitted to data, `.calibrate(q, k)` gives the value that can"
-            raise _checks.not_offered(self, "attend", why)
+            raise ValueError(
+                f"`{self!r}` has features fitted to data: use the value that `.calibrate(q, k)` gives."
+            )
 
     def _prepared(self, dim: int) -> Constants:
         """The constants of the features, kept: drawing and turning them is no work for every token."""
