@@ -1,7 +1,7 @@
 """The kernels of the log-linear engine. Definition: backends/reference/loglinear.py; logarithms and gauges: _logs.py.
 
 A gauge m is held over a span of tokens: phi_q = fq 2^(nq + m - rho), phi_k = fk 2^(nk - m), and inside the span all is
-as in the linear engine, whose states and tiles these kernels use (_linear.py, _vector.py). A token whose log-feature
+as in the linear engine, whose states and tiles these kernels use (_linear.py, _products.py). A token whose log-feature
 exceeds the gauge by too much opens a new span: m rises to it, and the sums are multiplied by powers of two, exactly.
 The gauge of a token depends on earlier tokens and on itself only. A state is handed on in the gauge of all its keys.
 
@@ -15,45 +15,57 @@ import math
 
 from ._jit import helper
 from ._linear import (
-    BLOCK,
     N_BYTES,
     NV,
-    ROWS,
+    W_SIZE,
     T,
-    add_cotangent,
-    add_row,
-    add_rows,
-    clear,
-    deliver_row,
-    divided_row,
-    dot,
+    fill_up,
+    hide,
     load_centred,
     load_cotangent,
     load_state,
+    rows_of,
+    rows_of_state,
+    store_cotangent,
     store_state,
     transpose_state,
     visible_mean,
 )
 from ._logs import (
-    NONE,
-    first_excess,
-    key_row,
-    query_row,
+    cotangent_rows,
+    excess_rows,
+    key_rows,
+    multiply_rows,
+    multiply_rows_add,
+    none_rows,
+    query_rows,
     raise_gauge,
     row_limit,
-    same_gauge,
-    split_row,
+    split_rows,
+    top_rows,
     turn_columns,
-    turn_rows,
-    turned,
-    widen_gauge,
-    widen_gauge_rows,
+    turn_features,
+    turn_of,
+    widen_by_logs,
+    widen_rows,
 )
-from ._maps import copy_row
-from ._tiles import CHUNK
-from ._vector import advance, denominators, gather, product, retreat, scores, scores_back
+from ._products import PAIRS, advance, pairs, pairs_back, product, product_add, retreat, settle
+from ._rows import (
+    add_later,
+    add_rows,
+    add_seen,
+    centre_rows,
+    clear_rows,
+    collect,
+    collect_weighted,
+    copy_rows,
+    divide_rows,
+    row_dots,
+)
+from ._tiles import CHUNK, SETTLE
+from ._vector import behind, pointer
 
-__all__ = ["backward_kernel", "forward_kernel", "integers", "scratch_size"]
+__all__ = ["backward_kernel", "forward_kernel", "scratch_size"]
 
 LN2 = math.log(2)
 
@@ -61,148 +73,87 @@ LN2 = math.log(2)
 def scratch_size(n_features: int, n_values: int, columns: int) -> int:
     """Numbers of scratch the kernels carve, the larger of both."""
     features, values = (-(-n // columns) * columns for n in (n_features, n_values))
-    return CHUNK * (5 * features + 3 * values + 2 * T + 1) + 4 * features * values + 5 * features + values
-
-
-def integers(n_features: int, columns: int) -> int:
-    """The same for integers."""
-    features = -(-n_features // columns) * columns
-    return (3 * CHUNK + 3) * features + 3 * CHUNK + 1
+    states = 2 * columns * (features // columns * rows_of(n_values) + values // columns * rows_of(n_features))
+    return CHUNK * (9 * features + 3 * values + 10) + states + 7 * features + values + 2 * W_SIZE
 
 
 # -- prologues --------------------------------------------------------------------------------------------------
 
 
 @helper
-def fill_none(n):
-    for i in range(n.size):
-        n[i] = NONE
+def split_keys(lk, at, stride, v, v_at, v_stride, mask, mask_at, mask_stride, masked, count, F, Fp, E, f, n, top):
+    """A chunk of keys, masked ones as the logarithm of 0, and the size of their values."""
+    split_rows(count, F, lk, at, stride, f, 0, Fp, n, 0, Fp)
+    top_rows(count, E, v, v_at, v_stride, top, 0, 1)
+    if masked:
+        for t in range(count):
+            if not mask[mask_at + t * mask_stride]:
+                clear_rows(1, F, f, t * Fp, Fp)
+                none_rows(1, F, n, t * Fp, Fp)
 
 
 @helper
-def split_rows(x, at, stride, count, F, Fp, f, n):
-    """A chunk of logarithms into scratch; the columns from F on keep what they have."""
-    for t in range(count):
-        start = at + t * stride
-        split_row(x[start : start + F], f[t * Fp : t * Fp + F], n[t * Fp : t * Fp + F])
+def end_of_span(n, m, Fp, first, count, top, most, room, bits):
+    """The first row from `first` on that exceeds the gauge by too much, or count."""
+    excess_rows(count - first, Fp, n, first * Fp, Fp, m, 0, 0, bits, first, 1)
+    for t in range(first, count):
+        if bits[t] > row_limit(top[t], most, room):
+            return t
+    return count
 
 
 @helper
-def split_keys(lk, at, stride, v, v_at, v_stride, mask, mask_at, mask_stride, masked, count, F, Fp, E, most, room,
-               f, n, limits):  # fmt: skip
-    """A chunk of keys, masked ones as the logarithm of 0, and by how many bits each may exceed the gauge."""
-    split_rows(lk, at, stride, count, F, Fp, f, n)
-    for t in range(count):
-        start = v_at + t * v_stride
-        limits[t] = row_limit(v[start : start + E], most, room)
-        if masked and not mask[mask_at + t * mask_stride]:
-            clear(f[t * Fp : (t + 1) * Fp])
-            fill_none(n[t * Fp : (t + 1) * Fp])
-
-
-@helper
-def centred_row(x, mu, out):
-    for i in range(mu.size):
-        out[i] = x[i] - mu[i]
-
-
-@helper
-def lay_values(v, at, stride, mu, mask, mask_at, mask_stride, masked, a, b, E, Ep, V):
-    """v - mu of the rows a <= t < b; zeros for the others of their blocks and for masked keys."""
-    for t in range(a // T * T, min(CHUNK, (b // BLOCK + 1) * BLOCK)):
-        row = V[t * Ep : (t + 1) * Ep]
-        if t < a or t >= b or (masked and not mask[mask_at + t * mask_stride]):
-            clear(row)
-        else:
-            start = at + t * stride
-            centred_row(v[start : start + E], mu, row)
+def clear_others(a, b, width, x):
+    """Zeros for the tokens of the blocks of a <= t < b that are not among them."""
+    start, stop = a // T * T, (b + T - 1) // T * T
+    clear_rows(a - start, width, x, start * width, width)
+    clear_rows(stop - b, width, x, b * width, width)
 
 
 @helper
 def lay_keys(f, n, m, a, b, Fp, K):
-    for t in range(a // T * T, min(CHUNK, (b // BLOCK + 1) * BLOCK)):
-        row = K[t * Fp : (t + 1) * Fp]
-        if t < a or t >= b:
-            clear(row)
-        else:
-            key_row(f[t * Fp : (t + 1) * Fp], n[t * Fp : (t + 1) * Fp], m, row)
+    key_rows(b - a, Fp, f, a * Fp, Fp, n, a * Fp, Fp, m, 0, 0, K, a * Fp, Fp)
+    clear_others(a, b, Fp, K)
 
 
 @helper
 def lay_queries(f, n, m, a, b, Fp, Q, rho):
-    for t in range(a // T * T, min(CHUNK, (b // BLOCK + 1) * BLOCK)):
-        row = Q[t * Fp : (t + 1) * Fp]
-        if t < a or t >= b:
-            clear(row)
-        else:
-            rho[t] = query_row(f[t * Fp : (t + 1) * Fp], n[t * Fp : (t + 1) * Fp], m, row)
+    query_rows(b - a, Fp, f, a * Fp, Fp, n, a * Fp, Fp, m, 0, 0, Q, a * Fp, Fp, rho, a, 1)
+    clear_others(a, b, Fp, Q)
 
 
 @helper
-def lay_cotangents(d_out, at, stride, den, divided, a, b, E, Ep, G):
-    """d_out, or d_out / den with 0 where den is 0, of the rows a <= t < b."""
-    for t in range(a // T * T, min(CHUNK, (b // BLOCK + 1) * BLOCK)):
-        row = G[t * Ep : (t + 1) * Ep]
-        if t < a or t >= b:
-            clear(row)
-        else:
-            start = at + t * stride
-            if divided:
-                divided_row(d_out[start : start + E], den[t], row[:E])
-            else:
-                copy_row(d_out[start : start + E], row[:E])
+def lay_values(v, at, stride, mu, mask, mask_at, mask_stride, masked, a, b, E, Ep, V):
+    """v - mu; zeros for masked keys."""
+    centre_rows(b - a, E, v, at + a * stride, stride, mu, 0, 0, V, a * Ep, Ep)
+    clear_others(a, b, Ep, V)
+    if masked:
+        hide(mask, mask_at + a * mask_stride, mask_stride, b - a, behind(V, a * Ep), Ep)
 
 
 @helper
-def load_gauge(gauge, at, F, m):
-    fill_none(m)
-    for f in range(F):
-        m[f] = gauge[at + f]
+def lay_cotangents(d_out, at, stride, den, a, b, E, Ep, G):
+    """d_out / den, 0 where den is 0."""
+    divide_rows(b - a, E, den, a, 1, d_out, at + a * stride, stride, G, a * Ep, Ep)
+    clear_others(a, b, Ep, G)
 
 
 @helper
 def gauge_of_keys(lk, at, stride, mask, mask_at, mask_stride, masked, count, F, m):
     """m = max(m, n of every visible key)"""
-    for s in range(count):
-        if not masked or mask[mask_at + s * mask_stride]:
-            start = at + s * stride
-            widen_gauge(lk[start : start + F], m[:F])
-
-
-@helper
-def finished(den):
-    """A den that is infinite makes NaN: finite numerators over it would be 0, a wrong finite number."""
-    return den + (den - den)
-
-
-@helper
-def query_cotangent(phi, y, z, d_lse, c_go, t, out):
-    """d_lq = phi (y - go z) / den, den = phi . z, go = phi . y / den - d_lse. den and go to c_go."""
-    den = finished(dot(phi, z))
-    c_go[2 * t] = den
-    if den == 0:
-        c_go[2 * t + 1] = 0
-        clear(out)
+    if not masked:
+        widen_by_logs(count, F, lk, at, stride, m, 0, 0, m, 0, 0)
         return
-    go = dot(phi, y) / den - d_lse
-    c_go[2 * t + 1] = go
-    for i in range(out.size):
-        out[i] = phi[i] * (y[i] - go * z[i]) / den
+    for s in range(count):
+        if mask[mask_at + s * mask_stride]:
+            widen_by_logs(1, F, lk, at + s * stride, stride, m, 0, 0, m, 0, 0)
 
 
 @helper
-def ratio(c_go, t):
-    """-go / den, the cotangent of den."""
-    return -c_go[2 * t + 1] / c_go[2 * t] if c_go[2 * t] != 0 else c_go[2 * t]
-
-
-@helper
-def key_cotangent(phi, y, r, out, masked, add):
-    """d_lk = phi (y + r)"""
-    for i in range(out.size):
-        d = phi[i] * (y[i] + r[i])
-        d = r.dtype.type(0) if masked else d
-        out[i] = out[i] + d if add else d
+def divisors(d, a, b, den):
+    """den, NaN where it is infinite: finite numerators over it would be 0, a wrong finite number."""
+    for t in range(a, b):
+        den[t] = d[t] + (d[t] - d[t])
 
 
 # -- forward ----------------------------------------------------------------------------------------------------
@@ -212,8 +163,8 @@ def forward_kernel(salt):
     """The kernel with the salt of its cache key in its closure."""
 
     def loglinear_forward(
-        lq, lk, v, mask, sums, rest, gauge, out, lse, new_sums, new_rest, new_gauge,
-        work, whole, table, dims, first, last,
+        lq_array, lk_array, v_array, mask, sums_array, rest_array, gauge_array, out_array, lse,
+        new_sums_array, new_rest_array, new_gauge_array, work_array, table, dims, first, last,
     ):  # fmt: skip
         """Heads first <= i < last: out, lse, and the state after all keys."""
         salt  # noqa: B018
@@ -221,119 +172,121 @@ def forward_kernel(salt):
         q_stride, k_stride, v_stride, mask_stride = dims[4], dims[5], dims[6], dims[7]
         causal, masked, most, room = dims[10] == 1, dims[11] == 1, dims[15], dims[16]
         E1 = E + 1
-        cols = NV * (N_BYTES // work.itemsize)
-        Fp, Ep = -(-F // cols) * cols, -(-E // cols) * cols
+        cols = NV * (N_BYTES // work_array.itemsize)
+        Fp, slices = (F + cols - 1) // cols * cols, (E + cols - 1) // cols
+        Ep, S_rows = slices * cols, rows_of_state(F)
+        S_step = S_rows * 2 * cols
 
-        at = 0
-        FQ = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        FK = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        Q = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        K = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        V = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        Y = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        S = work[at : at + 2 * Fp * Ep]
-        at += 2 * Fp * Ep
-        z = work[at : at + Fp]
-        at += Fp
-        e = work[at : at + Fp]
-        at += Fp
-        turn = work[at : at + Fp]
-        at += Fp
-        mu = work[at : at + E]
-        at += E
-        W = work[at : at + CHUNK * T]
-        at += CHUNK * T
-        d = work[at : at + CHUNK]
-        NQ, NK, m = whole[: CHUNK * Fp], whole[CHUNK * Fp : 2 * CHUNK * Fp], whole[2 * CHUNK * Fp :][:Fp]
-        top = whole[(2 * CHUNK + 1) * Fp :][:Fp]
-        at = (2 * CHUNK + 2) * Fp
-        limits, rho = whole[at : at + CHUNK], whole[at + CHUNK : at + 2 * CHUNK]
-        clear(work)
-        fill_none(NQ)
-        fill_none(NK)
+        lq, lk, v, out = pointer(lq_array), pointer(lk_array), pointer(v_array), pointer(out_array)
+        sums, rest, gauge = pointer(sums_array), pointer(rest_array), pointer(gauge_array)
+        new_sums, new_rest, new_gauge = pointer(new_sums_array), pointer(new_rest_array), pointer(new_gauge_array)
+        Q = pointer(work_array)
+        K = behind(Q, CHUNK * Fp)
+        FQ = behind(K, CHUNK * Fp)
+        FK = behind(FQ, CHUNK * Fp)
+        NQ = behind(FK, CHUNK * Fp)
+        NK = behind(NQ, CHUNK * Fp)
+        V = behind(NK, CHUNK * Fp)
+        Y = behind(V, CHUNK * Ep)
+        d = behind(Y, CHUNK * Ep)
+        den = behind(d, CHUNK)
+        rho = behind(den, CHUNK)
+        top = behind(rho, CHUNK)
+        bits = behind(top, CHUNK)
+        W = behind(bits, CHUNK)
+        ZE = behind(W, W_SIZE)
+        m = behind(ZE, 2 * Fp)
+        m_top = behind(m, Fp)
+        turn = behind(m_top, Fp)
+        mu = behind(turn, Fp)
+        S = behind(mu, Ep)
+        clear_rows(4 * CHUNK, Fp, Q, 0, Fp)
+        none_rows(2 * CHUNK, Fp, NQ, 0, Fp)
+        clear_rows(2 * CHUNK, Ep, V, 0, Ep)
+        clear_rows(1, Ep, mu, 0, Ep)
 
         for i in range(first, last):
             j, head = table[i, 0], table[i, 1]
             q_at, k_at, v_at, mask_at = table[i, 2], table[i, 5], table[i, 6], table[i, 7]
-            same = i > first and table[i - 1, 0] == j
+            same = i > first and table[i - 1, 0] == j  # another query head of the same keys
             if causal or not same:
-                load_state(sums, rest, j * F * E1, F, E, E1, Fp, cols, S, z, e)
-                load_gauge(gauge, j * F, F, m)
-                copy_row(m, top)
+                load_state(sums, rest, j * F * E1, F, E, E1, cols, S, ZE, Fp)
+                none_rows(1, Fp, m, 0, Fp)
+                copy_rows(1, F, gauge, j * F, F, m, 0, Fp)
+                copy_rows(1, Fp, m, 0, Fp, m_top, 0, Fp)
 
             if not causal and not same:
                 gauge_of_keys(lk, k_at, k_stride, mask, mask_at, mask_stride, masked, M, F, m)
-                turned(top, m, turn)
-                turn_rows(S, z, e, turn, F, Fp, Ep // cols, cols)
-                copy_row(m, top)
+                turn_of(1, Fp, m_top, 0, Fp, m, 0, Fp, turn, 0, Fp)
+                turn_features(S, F, S_rows, slices, cols, ZE, Fp, turn)
+                copy_rows(1, Fp, m, 0, Fp, m_top, 0, Fp)
                 for c in range(0, M, CHUNK):
                     n = min(CHUNK, M - c)
                     split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
-                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, most, room,
-                               FK, NK, limits)  # fmt: skip
+                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E,
+                               FK, NK, top)  # fmt: skip
                     lay_keys(FK, NK, m, 0, n, Fp, K)
                     lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
                                masked, 0, n, E, Ep, V)  # fmt: skip
-                    add_rows(K, n, Fp, z, e)
-                    for x in range(0, Ep, cols):
-                        for f in range(0, Fp, ROWS):
-                            gather(K, f, Fp, V, x, Ep, n, S, (x // cols * Fp + f) * 2 * cols, 2 * cols)
+                    collect(n, Fp, K, 0, Fp, ZE, 0, Fp, d, 0, 1)
+                    product_add(n, 1, S_rows, slices, cols, S_step, K, 0, Fp, V, 0, Ep, S, cols, 2 * cols)
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(slices * S_rows, NV, S, 0, 2 * cols)
+                        settle(1, Fp // cols * NV, ZE, 0, 0)
+                settle(slices * S_rows, NV, S, 0, 2 * cols)
+                settle(1, Fp // cols * NV, ZE, 0, 0)
 
             for c in range(0, N, CHUNK):
                 n = min(CHUNK, N - c)
-                split_rows(lq, q_at + c * q_stride, q_stride, n, F, Fp, FQ, NQ)
+                split_rows(n, F, lq, q_at + c * q_stride, q_stride, FQ, 0, Fp, NQ, 0, Fp)
                 if causal:
                     split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
-                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, most, room,
-                               FK, NK, limits)  # fmt: skip
-                    widen_gauge_rows(NK, n, Fp, top)
-                a = 0
-                while a < n:
-                    if causal:
-                        b = first_excess(NK, limits, m, Fp, a, n)
+                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E,
+                               FK, NK, top)  # fmt: skip
+                    widen_rows(n, Fp, NK, 0, Fp, m_top, 0, 0, m_top, 0, 0)
+                    a = 0
+                    while a < n:
+                        b = end_of_span(NK, m, Fp, a, n, top, most, room, bits)
                         if b == a:  # a span opens
-                            raise_gauge(NK[a * Fp : (a + 1) * Fp], m, turn)
-                            turn_rows(S, z, e, turn, F, Fp, Ep // cols, cols)
-                            b = first_excess(NK, limits, m, Fp, a + 1, n)
-                        start = a // T * T
+                            raise_gauge(1, Fp, NK, a * Fp, Fp, m, 0, Fp, turn, 0, Fp, m, 0, Fp)
+                            turn_features(S, F, S_rows, slices, cols, ZE, Fp, turn)
+                            b = end_of_span(NK, m, Fp, a + 1, n, top, most, room, bits)
                         lay_queries(FQ, NQ, m, a, b, Fp, Q, rho)
                         lay_keys(FK, NK, m, a, b, Fp, K)
                         lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
                                    masked, a, b, E, Ep, V)  # fmt: skip
-                        for t in range(start, b, T):
-                            scores(Q, t * Fp, Fp, K, t * Fp, Fp, Fp, W, t * T)
-                            denominators(Q, t * Fp, Fp, K, t * Fp, Fp, Fp, z, e, W, t * T, d, t)
-                        for x in range(0, Ep, cols):
-                            for t in range(start, b, T):
-                                advance(Q, t * Fp, Fp, K, t * Fp, Fp, V, t * Ep + x, Ep,
-                                        S, x * Fp * 2, 2 * cols, F, W, t * T, Y, t * Ep + x, Ep)  # fmt: skip
-                    else:
-                        b = n
-                        lay_queries(FQ, NQ, m, 0, n, Fp, Q, rho)
-                        for t in range(n):
-                            d[t] = dot(Q[t * Fp : (t + 1) * Fp], z)
-                        for x in range(0, Ep, cols):
-                            for t in range(0, n, ROWS):
-                                product(Q, t * Fp, Fp, 1, S, x * Fp * 2, 2 * cols, F, Y, t * Ep + x, Ep)
-                    for t in range(a, b):
-                        p = head * N + c + t
-                        den = finished(d[t])
-                        divided_row(Y[t * Ep : t * Ep + E], den, out[p * E : (p + 1) * E])
-                        lse[p] = rho[t] * LN2 + math.log(den) if den != 0 else -math.inf
-                    a = b
+                        s = a // T * T
+                        w, p = s // T * PAIRS, c + CHUNK
+                        pairs(b - s, Fp, True, Q, s * Fp, Fp, K, s * Fp, Fp, ZE, 0, Fp, W, w, 0, d, s, 1)
+                        advance(b - s, slices, F, S_step, Q, s * Fp, Fp, K, s * Fp, Fp, V, s * Ep, Ep,
+                                S, 0, 2 * cols, W, w, 0, Y, s * Ep, Ep, v, v_at + p * v_stride, v_stride)  # fmt: skip
+                        divisors(d, a, b, den)
+                        p = head * N + c
+                        divide_rows(b - a, E, den, a, 1, Y, a * Ep, Ep, out, (p + a) * E, E)
+                        for t in range(a, b):
+                            lse[p + t] = rho[t] * LN2 + math.log(den[t]) if den[t] != 0 else -math.inf
+                        a = b
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(slices * S_rows, NV, S, 0, 2 * cols)
+                        settle(1, Fp // cols * NV, ZE, 0, 0)
+                else:
+                    lay_queries(FQ, NQ, m, 0, n, Fp, Q, rho)
+                    fill_up(n, Fp, Q)
+                    row_dots(n, Fp, Q, 0, Fp, ZE, 0, 0, d, 0, 1)
+                    product(F, Fp, n, slices, S_step, cols, Q, 0, 1, S, 0, 2 * cols, Y, 0, Ep)
+                    divisors(d, 0, n, den)
+                    p = head * N + c
+                    divide_rows(n, E, den, 0, 1, Y, 0, Ep, out, p * E, E)
+                    for t in range(n):
+                        lse[p + t] = rho[t] * LN2 + math.log(den[t]) if den[t] != 0 else -math.inf
 
             if not same:
-                turned(m, top, turn)
-                turn_rows(S, z, e, turn, F, Fp, Ep // cols, cols)
-                store_state(S, z, e, F, E, E1, Fp, cols, new_sums, new_rest, j * F * E1)
-                for f in range(F):
-                    new_gauge[j * F + f] = top[f]
+                turn_of(1, Fp, m, 0, Fp, m_top, 0, Fp, turn, 0, Fp)
+                turn_features(S, F, S_rows, slices, cols, ZE, Fp, turn)
+                settle(slices * S_rows, NV, S, 0, 2 * cols)
+                settle(1, Fp // cols * NV, ZE, 0, 0)
+                store_state(S, ZE, F, E, E1, cols, Fp, new_sums, new_rest, j * F * E1)
+                copy_rows(1, F, m_top, 0, Fp, new_gauge, j * F, F)
 
     return loglinear_forward
 
@@ -341,81 +294,109 @@ def forward_kernel(salt):
 # -- backward ---------------------------------------------------------------------------------------------------
 
 
+@helper
+def finish_queries(a, b, F, Fp, Q, Y, Z, Z_at, Z_stride, d_lse, lse_given, l_at, l_stride, d, dots, go, share,
+                   den, h, at, d_lq, d_lq_at):  # fmt: skip
+    """d_lq = Q (Y - go Z) / den, den = Q . Z, go = Q . Y / den - d_lse, h = -go / den; 0 in rows that see nothing."""
+    row_dots(b - a, Fp, Q, a * Fp, Fp, Z, Z_at, Z_stride, d, a, 1)
+    row_dots(b - a, Fp, Q, a * Fp, Fp, Y, a * Fp, Fp, dots, a, 1)
+    divisors(d, a, b, behind(den, at))
+    for t in range(a, b):
+        c = den[at + t]
+        if c == 0:
+            go[t], share[t], h[at + t] = c, c, c
+        else:
+            go[t] = dots[t] / c - d_lse[l_at + t * l_stride] if lse_given else dots[t] / c
+            share[t] = 1 / c
+            h[at + t] = -go[t] / c
+    cotangent_rows(b - a, F, go, a, 1, share, a, 1, Q, a * Fp, Fp, Y, a * Fp, Fp, Z, Z_at, Z_stride,
+                   d_lq, d_lq_at + a * F, F)  # fmt: skip
+
+
+@helper
+def finish_keys(a, b, F, Fp, E, Ep, K, Y, U, add, d_lk, d_v, at):
+    """d_lk = K Y and d_v = U; later heads of a group add."""
+    here, there = (at + a) * F, (at + a) * E
+    if add:
+        multiply_rows_add(b - a, F, K, a * Fp, Fp, Y, a * Fp, Fp, d_lk, here, F, d_lk, here, F)
+        add_rows(b - a, E, U, a * Ep, Ep, d_v, there, E, d_v, there, E)
+    else:
+        multiply_rows(b - a, F, K, a * Fp, Fp, Y, a * Fp, Fp, d_lk, here, F)
+        copy_rows(b - a, E, U, a * Ep, Ep, d_v, there, E)
+
+
 def backward_kernel(salt):
     """The kernel with the salt of its cache key in its closure."""
 
     def loglinear_backward(
-        d_out, d_lse, d_state, lq, lk, v, mask, sums, rest, gauge,
-        d_lq, d_lk, d_v, d_before, work, whole, marks, c_go, table, dims, first, last,
+        d_out_array, d_lse, d_state_array, lq_array, lk_array, v_array, mask, sums_array, rest_array, gauge_array,
+        d_lq_array, d_lk_array, d_v_array, d_before_array, work_array, marks_array, den_array, h_array,
+        table, dims, first, last,
     ):  # fmt: skip
         """Heads first <= i < last: the lines of `loglinear_forward`, last line first; vc = v - mu, G = d_out / den.
 
         y_t   = P (d_out, vc, K)_t     z_t = sum_{s <= t} K_s
         d_lq  = Q (y - go z) / den     den = Q . z,  go = Q . y / den - d_lse
         d_v_t = P'(K, Q, G)_t          P': s >= t
-        d_lk  = K (P'(vc, G, Q) + r)   r_t = sum_{s >= t} -go_s / den_s Q_s
+        d_lk  = K (P'(vc, G, Q) + r)   r_t = sum_{s >= t} h_s Q_s,  h = -go / den
         """
         salt  # noqa: B018
         N, M, F, E = dims[0], dims[1], dims[2], dims[3]
-        q_stride, k_stride, v_stride, mask_stride = dims[4], dims[5], dims[6], dims[7]
-        g_stride, l_stride = dims[8], dims[9]
+        q_stride, k_stride, v_stride, mask_stride, g_stride, l_stride = (
+            dims[4], dims[5], dims[6], dims[7], dims[8], dims[9],
+        )  # fmt: skip
         causal, masked, d_state_given = dims[10] == 1, dims[11] == 1, dims[12] == 1
         d_lse_given, centre, most, room = dims[13] == 1, dims[14] == 1, dims[15], dims[16]
         E1 = E + 1
-        zero, one = work.dtype.type(0), work.dtype.type(1)
-        cols = NV * (N_BYTES // work.itemsize)
-        Fp, Ep = -(-F // cols) * cols, -(-E // cols) * cols
+        cols = NV * (N_BYTES // work_array.itemsize)
+        S_slices, X_slices = (F + cols - 1) // cols, (E + cols - 1) // cols
+        Fp, Ep, S_rows, X_rows = S_slices * cols, X_slices * cols, rows_of_state(E), rows_of_state(F)
+        S_step, X_step = S_rows * 2 * cols, X_rows * 2 * cols
 
-        at = 0
-        FQ = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        FK = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        Q = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        K = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        Y = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        V = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        G = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        U = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        S = work[at : at + 2 * Fp * Ep]
-        at += 2 * Fp * Ep
-        X = work[at : at + 2 * Fp * Ep]
-        at += 2 * Fp * Ep
-        z = work[at : at + Fp]
-        at += Fp
-        e = work[at : at + Fp]
-        at += Fp
-        r = work[at : at + Fp]
-        at += Fp
-        r_rest = work[at : at + Fp]
-        at += Fp
-        turn = work[at : at + Fp]
-        at += Fp
-        mu = work[at : at + E]
-        at += E
-        W = work[at : at + CHUNK * T]
-        at += CHUNK * T
-        W2 = work[at : at + CHUNK * T]
-        at += CHUNK * T
-        den = work[at : at + CHUNK]
-        NQ, NK, m = whole[: CHUNK * Fp], whole[CHUNK * Fp : 2 * CHUNK * Fp], whole[2 * CHUNK * Fp :][:Fp]
-        top = whole[(2 * CHUNK + 1) * Fp :][:Fp]
-        at = (2 * CHUNK + 2) * Fp
-        m_now = whole[at : at + Fp]
-        at += Fp
-        spans = whole[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        limits, rho = whole[at : at + CHUNK], whole[at + CHUNK : at + 2 * CHUNK]
-        edges = whole[at + 2 * CHUNK : at + 3 * CHUNK + 1]
-        clear(work)
-        fill_none(NQ)
-        fill_none(NK)
+        d_out, d_state = pointer(d_out_array), pointer(d_state_array)
+        lq, lk, v = pointer(lq_array), pointer(lk_array), pointer(v_array)
+        sums, rest, gauge = pointer(sums_array), pointer(rest_array), pointer(gauge_array)
+        d_lq, d_lk, d_v = pointer(d_lq_array), pointer(d_lk_array), pointer(d_v_array)
+        d_before, marks, den, h = pointer(d_before_array), pointer(marks_array), pointer(den_array), pointer(h_array)
+        Q = pointer(work_array)
+        K = behind(Q, CHUNK * Fp)
+        FQ = behind(K, CHUNK * Fp)
+        FK = behind(FQ, CHUNK * Fp)
+        NQ = behind(FK, CHUNK * Fp)
+        NK = behind(NQ, CHUNK * Fp)
+        Y = behind(NK, CHUNK * Fp)
+        Z = behind(Y, CHUNK * Fp)
+        spans = behind(Z, CHUNK * Fp)
+        V = behind(spans, CHUNK * Fp)
+        G = behind(V, CHUNK * Ep)
+        U = behind(G, CHUNK * Ep)
+        d = behind(U, CHUNK * Ep)
+        dots = behind(d, CHUNK)
+        go = behind(dots, CHUNK)
+        share = behind(go, CHUNK)
+        rho = behind(share, CHUNK)
+        top = behind(rho, CHUNK)
+        bits = behind(top, CHUNK)
+        ones = behind(bits, CHUNK)
+        edges = behind(ones, CHUNK)
+        opened = behind(edges, CHUNK)
+        W = behind(opened, CHUNK)
+        W2 = behind(W, W_SIZE)
+        ZE = behind(W2, W_SIZE)
+        RE = behind(ZE, 2 * Fp)
+        m = behind(RE, 2 * Fp)
+        m_top = behind(m, Fp)
+        turn = behind(m_top, Fp)
+        mu = behind(turn, Fp)
+        S = behind(mu, Ep)
+        X = behind(S, S_slices * S_step)
+        clear_rows(4 * CHUNK, Fp, Q, 0, Fp)
+        none_rows(2 * CHUNK, Fp, NQ, 0, Fp)
+        clear_rows(3 * CHUNK, Fp, Y, 0, Fp)
+        clear_rows(3 * CHUNK, Ep, V, 0, Ep)
+        clear_rows(1, Ep, mu, 0, Ep)
+        for t in range(CHUNK):
+            ones[t] = 1
 
         for i in range(first, last):
             j, head = table[i, 0], table[i, 1]
@@ -423,169 +404,170 @@ def backward_kernel(salt):
             k_at, v_at, mask_at = table[i, 5], table[i, 6], table[i, 7]
             same = i > first and table[i - 1, 0] == j  # another query head of the same keys: its d_lk, d_v add
             state_at = j * F * E1
-            if not same:
-                if centre:
-                    visible_mean(v, v_at, v_stride, M, E, mask, mask_at, mask_stride, masked, mu)
-                else:
-                    clear(mu)
+            if centre and not same:
+                visible_mean(v, v_at, v_stride, M, E, mask, mask_at, mask_stride, masked, dots, mu)
+            load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Ep, cols, mu, X, RE, Fp)
 
-            # sweep 1, forward in time: d_lq, den and go
-            load_centred(sums, rest, state_at, F, E, E1, Ep, cols, mu, S, z, e)
-            load_gauge(gauge, j * F, F, m)
-            copy_row(m, top)
+            # sweep 1, forward in time: d_lq, den and h
+            load_centred(sums, rest, state_at, F, E, E1, cols, mu, S, ZE, Fp)
+            none_rows(1, Fp, m, 0, Fp)
+            copy_rows(1, F, gauge, j * F, F, m, 0, Fp)
+            copy_rows(1, Fp, m, 0, Fp, m_top, 0, Fp)
             if not causal:
                 gauge_of_keys(lk, k_at, k_stride, mask, mask_at, mask_stride, masked, M, F, m)
-                turned(top, m, turn)
-                copy_row(m, top)
-                turn_columns(S, turn, E, Ep, Fp // cols, cols)
-                turn_rows(S, z, e, turn, 0, Fp, 0, cols)
+                turn_of(1, Fp, m_top, 0, Fp, m, 0, Fp, turn, 0, Fp)
+                turn_columns(S, E, S_rows, Fp, cols, turn)
+                multiply_rows(2, Fp, ZE, 0, Fp, turn, 0, 0, ZE, 0, Fp)
+                copy_rows(1, Fp, m, 0, Fp, m_top, 0, Fp)
                 for c in range(0, M, CHUNK):
                     n = min(CHUNK, M - c)
                     split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
-                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, most, room,
-                               FK, NK, limits)  # fmt: skip
+                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E,
+                               FK, NK, top)  # fmt: skip
                     lay_keys(FK, NK, m, 0, n, Fp, K)
                     lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
                                masked, 0, n, E, Ep, V)  # fmt: skip
-                    add_rows(K, n, Fp, z, e)
-                    for f in range(0, Fp, cols):
-                        for x in range(0, Ep, ROWS):
-                            gather(V, x, Ep, K, f, Fp, n, S, (f // cols * Ep + x) * 2 * cols, 2 * cols)
-            load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Fp, cols, mu, X, r, r_rest)
+                    collect(n, Fp, K, 0, Fp, ZE, 0, Fp, dots, 0, 1)
+                    product_add(n, 1, S_rows, S_slices, cols, S_step, V, 0, Ep, K, 0, Fp, S, cols, 2 * cols)
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(S_slices * S_rows, NV, S, 0, 2 * cols)
+                        settle(1, S_slices * NV, ZE, 0, 0)
+                settle(S_slices * S_rows, NV, S, 0, 2 * cols)
+                settle(1, S_slices * NV, ZE, 0, 0)
 
             for c in range(0, N, CHUNK):
                 n = min(CHUNK, N - c)
-                split_rows(lq, q_at + c * q_stride, q_stride, n, F, Fp, FQ, NQ)
+                split_rows(n, F, lq, q_at + c * q_stride, q_stride, FQ, 0, Fp, NQ, 0, Fp)
+                copy_rows(n, E, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
+                fill_up(n, Ep, G)
                 if causal:
-                    copy_row(m, marks[c // CHUNK * Fp : (c // CHUNK + 1) * Fp])
+                    copy_rows(1, Fp, m, 0, Fp, marks, c // CHUNK * Fp, Fp)
                     split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
-                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, most, room,
-                               FK, NK, limits)  # fmt: skip
-                    widen_gauge_rows(NK, n, Fp, top)
-                a = 0
-                while a < n:
-                    if causal:
-                        b = first_excess(NK, limits, m, Fp, a, n)
-                        if b == a:
-                            raise_gauge(NK[a * Fp : (a + 1) * Fp], m, turn)
-                            turn_columns(S, turn, E, Ep, Fp // cols, cols)
-                            turn_rows(S, z, e, turn, 0, Fp, 0, cols)
-                            b = first_excess(NK, limits, m, Fp, a + 1, n)
-                        start = a // T * T
-                        lay_cotangents(d_out, g_at + c * g_stride, g_stride, den, False, a, b, E, Ep, G)
+                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E,
+                               FK, NK, top)  # fmt: skip
+                    widen_rows(n, Fp, NK, 0, Fp, m_top, 0, 0, m_top, 0, 0)
+                    a = 0
+                    while a < n:
+                        b = end_of_span(NK, m, Fp, a, n, top, most, room, bits)
+                        if b == a:  # a span opens
+                            raise_gauge(1, Fp, NK, a * Fp, Fp, m, 0, Fp, turn, 0, Fp, m, 0, Fp)
+                            turn_columns(S, E, S_rows, Fp, cols, turn)
+                            multiply_rows(2, Fp, ZE, 0, Fp, turn, 0, 0, ZE, 0, Fp)
+                            b = end_of_span(NK, m, Fp, a + 1, n, top, most, room, bits)
                         lay_queries(FQ, NQ, m, a, b, Fp, Q, rho)
                         lay_keys(FK, NK, m, a, b, Fp, K)
                         lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
                                    masked, a, b, E, Ep, V)  # fmt: skip
-                        for t in range(start, b, T):
-                            scores(G, t * Ep, Ep, V, t * Ep, Ep, Ep, W, t * T)
-                        for f in range(0, Fp, cols):
-                            for t in range(start, b, T):
-                                advance(G, t * Ep, Ep, V, t * Ep, Ep, K, t * Fp + f, Fp,
-                                        S, f * Ep * 2, 2 * cols, E, W, t * T, Y, t * Fp + f, Fp)  # fmt: skip
-                    else:
-                        b = n
-                        lay_cotangents(d_out, g_at + c * g_stride, g_stride, den, False, 0, n, E, Ep, G)
-                        lay_queries(FQ, NQ, m, 0, n, Fp, Q, rho)
-                        for f in range(0, Fp, cols):
-                            for t in range(0, n, ROWS):
-                                product(G, t * Ep, Ep, 1, S, f * Ep * 2, 2 * cols, E, Y, t * Fp + f, Fp)
-                    for t in range(a, b):
-                        phi, y = Q[t * Fp : (t + 1) * Fp], Y[t * Fp : (t + 1) * Fp]
-                        if causal:
-                            add_row(K[t * Fp : (t + 1) * Fp], one, z, e)
-                        given = d_lse[l_at + (c + t) * l_stride] if d_lse_given else zero
-                        p = (head * N + c + t) * F
-                        query_cotangent(phi[:F], y[:F], z[:F], given, c_go, c + t, d_lq[p : p + F])
-                        if not causal:
-                            add_row(phi, ratio(c_go, c + t), r, r_rest)
-                            den[t] = c_go[2 * (c + t)]
-                    a = b
-                if not causal:
-                    lay_cotangents(d_out, g_at + c * g_stride, g_stride, den, True, 0, n, E, Ep, G)
-                    for x in range(0, Ep, cols):
-                        for f in range(0, Fp, ROWS):
-                            gather(Q, f, Fp, G, x, Ep, n, X, (x // cols * Fp + f) * 2 * cols, 2 * cols)
+                        s = a // T * T
+                        w, p = s // T * PAIRS, c + CHUNK
+                        pairs(b - s, Ep, False, G, s * Ep, Ep, V, s * Ep, Ep, ZE, 0, Fp, W, w, 0, d, s, 1)
+                        # rows of earlier spans are done: what their block writes over them is not read again
+                        advance(b - s, S_slices, E, S_step, G, s * Ep, Ep, V, s * Ep, Ep, K, s * Fp, Fp,
+                                S, 0, 2 * cols, W, w, 0, Y, s * Fp, Fp,
+                                v, v_at + p * v_stride, v_stride, d_out, g_at + p * g_stride, g_stride)  # fmt: skip
+                        clear_rows(b - a, Fp, Z, a * Fp, Fp)
+                        add_seen(b - a, Fp, K, a * Fp, Fp, ZE, 0, Fp, ones, 0, 1, Z, a * Fp, Fp)
+                        finish_queries(a, b, F, Fp, Q, Y, Z, a * Fp, Fp, d_lse, d_lse_given,
+                                       l_at + c * l_stride, l_stride, d, dots, go, share, den, h, c,
+                                       d_lq, (head * N + c) * F)  # fmt: skip
+                        a = b
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(S_slices * S_rows, NV, S, 0, 2 * cols)
+                        settle(1, S_slices * NV, ZE, 0, 0)
+                else:
+                    lay_queries(FQ, NQ, m, 0, n, Fp, Q, rho)
+                    fill_up(n, Fp, Q)
+                    product(E, Ep, n, S_slices, S_step, cols, G, 0, 1, S, 0, 2 * cols, Y, 0, Fp)
+                    finish_queries(0, n, F, Fp, Q, Y, ZE, 0, 0, d_lse, d_lse_given, l_at + c * l_stride, l_stride,
+                                   d, dots, go, share, den, h, c, d_lq, (head * N + c) * F)  # fmt: skip
+                    lay_cotangents(d_out, g_at + c * g_stride, g_stride, behind(den, c), 0, n, E, Ep, G)
+                    collect_weighted(n, Fp, Q, 0, Fp, RE, 0, Fp, h, c, 1)
+                    product_add(n, 1, X_rows, X_slices, cols, X_step, Q, 0, Fp, G, 0, Ep, X, cols, 2 * cols)
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(X_slices * X_rows, NV, X, 0, 2 * cols)
+                        settle(1, S_slices * NV, RE, 0, 0)
 
             # sweep 2, backward in time: d_lk and d_v; the outgoing state's cotangent stands at the gauge of all keys
-            if not same_gauge(m, top):
-                turned(m, top, turn)
-                turn_rows(X, r, r_rest, turn, F, Fp, Ep // cols, cols)
-            transpose_state(X, F, E, Fp, Ep, cols, S)
+            turn_of(1, Fp, m, 0, Fp, m_top, 0, Fp, turn, 0, Fp)
+            turn_features(X, F, X_rows, X_slices, cols, RE, Fp, turn)
+            settle(X_slices * X_rows, NV, X, 0, 2 * cols)
+            settle(1, S_slices * NV, RE, 0, 0)
+            transpose_state(X, F, E, Fp, cols, S)
             for c in range((M - 1) // CHUNK * CHUNK, -1, -CHUNK):
                 n = min(CHUNK, M - c)
                 split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
-                           mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, most, room,
-                           FK, NK, limits)  # fmt: skip
-                n_spans = 0
+                           mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E, FK, NK, top)  # fmt: skip
                 if causal:
-                    split_rows(lq, q_at + c * q_stride, q_stride, n, F, Fp, FQ, NQ)
-                    for t in range(n):
-                        den[t] = c_go[2 * (c + t)]
-                    # the spans of this chunk, again
-                    copy_row(marks[c // CHUNK * Fp : (c // CHUNK + 1) * Fp], m_now)
-                    b = 0
+                    split_rows(n, F, lq, q_at + c * q_stride, q_stride, FQ, 0, Fp, NQ, 0, Fp)
+                    # the spans of this chunk, again; where one opens, earlier tokens have another gauge
+                    copy_rows(1, Fp, marks, c // CHUNK * Fp, Fp, spans, 0, Fp)
+                    n_spans, b = 0, 0
                     while b < n:
-                        edges[n_spans], a = b, b
-                        b = first_excess(NK, limits, m_now, Fp, a, n)
+                        a, here = b, n_spans * Fp
+                        if n_spans:
+                            copy_rows(1, Fp, spans, here - Fp, Fp, spans, here, Fp)
+                        edges[n_spans], opened[n_spans] = a, 0
+                        b = end_of_span(NK, behind(spans, here), Fp, a, n, top, most, room, bits)
                         if b == a:
-                            raise_gauge(NK[a * Fp : (a + 1) * Fp], m_now, turn)
-                            b = first_excess(NK, limits, m_now, Fp, a + 1, n)
-                        copy_row(m_now, spans[n_spans * Fp : (n_spans + 1) * Fp])
+                            opened[n_spans] = 1
+                            raise_gauge(1, Fp, NK, a * Fp, Fp, spans, here, Fp, turn, 0, Fp, spans, here, Fp)
+                            b = end_of_span(NK, behind(spans, here), Fp, a + 1, n, top, most, room, bits)
                         n_spans += 1
-                else:
-                    copy_row(m, spans[:Fp])
-                    edges[0] = 0
-                    n_spans = 1
-                edges[n_spans] = n
-                for i_span in range(n_spans - 1, -1, -1):
-                    a, b = edges[i_span], edges[i_span + 1]
-                    m_span = spans[i_span * Fp : (i_span + 1) * Fp]
-                    if not same_gauge(m_span, m):
-                        turned(m_span, m, turn)
-                        turn_columns(S, turn, E, Ep, Fp // cols, cols)
-                        turn_rows(X, r, r_rest, turn, F, Fp, Ep // cols, cols)
-                        copy_row(m_span, m)
-                    lay_keys(FK, NK, m, a, b, Fp, K)
-                    lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
-                               masked, a, b, E, Ep, V)  # fmt: skip
-                    if causal:
-                        lay_cotangents(d_out, g_at + c * g_stride, g_stride, den, True, a, b, E, Ep, G)
+                    b = n
+                    for k in range(n_spans - 1, -1, -1):
+                        a = int(edges[k])
+                        copy_rows(1, Fp, spans, k * Fp, Fp, m, 0, Fp)
+                        lay_keys(FK, NK, m, a, b, Fp, K)
+                        lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
+                                   masked, a, b, E, Ep, V)  # fmt: skip
+                        lay_cotangents(d_out, g_at + c * g_stride, g_stride, behind(den, c), a, b, E, Ep, G)
                         lay_queries(FQ, NQ, m, a, b, Fp, Q, rho)
-                        start, whole_end = a // T * T, -(-b // T) * T
-                        for t in range(start, b, T):
-                            scores_back(K, t * Fp, Fp, Q, t * Fp, Fp, Fp, W, t * T)
-                            scores_back(V, t * Ep, Ep, G, t * Ep, Ep, Ep, W2, t * T)
-                        for x in range(0, Ep, cols):
-                            for t in range(whole_end - T, start - 1, -T):
-                                retreat(K, t * Fp, Fp, Q, t * Fp, Fp, G, t * Ep + x, Ep,
-                                        X, x * Fp * 2, 2 * cols, F, W, t * T, U, t * Ep + x, Ep)  # fmt: skip
-                        for f in range(0, Fp, cols):
-                            for t in range(whole_end - T, start - 1, -T):
-                                retreat(V, t * Ep, Ep, G, t * Ep, Ep, Q, t * Fp + f, Fp,
-                                        S, f * Ep * 2, 2 * cols, E, W2, t * T, Y, t * Fp + f, Fp)  # fmt: skip
-                    else:
-                        for x in range(0, Ep, cols):
-                            for t in range(0, n, ROWS):
-                                product(K, t * Fp, Fp, 1, X, x * Fp * 2, 2 * cols, F, U, t * Ep + x, Ep)
-                        for f in range(0, Fp, cols):
-                            for t in range(0, n, ROWS):
-                                product(V, t * Ep, Ep, 1, S, f * Ep * 2, 2 * cols, E, Y, t * Fp + f, Fp)
-                    for t in range(b - 1, a - 1, -1):
-                        if causal:
-                            add_row(Q[t * Fp : (t + 1) * Fp], ratio(c_go, c + t), r, r_rest)
-                        hidden = masked and not mask[mask_at + (c + t) * mask_stride]
-                        p, u = j * M + c + t, U[t * Ep : t * Ep + E]
-                        if hidden:
-                            clear(u)
-                        key_cotangent(K[t * Fp : t * Fp + F], Y[t * Fp : t * Fp + F], r[:F], d_lk[p * F : (p + 1) * F],
-                                      hidden, same)  # fmt: skip
-                        deliver_row(u, d_v[p * E : (p + 1) * E], same)
-
-            load_gauge(gauge, j * F, F, m_now)
-            if not same_gauge(m_now, m):
-                turned(m_now, m, turn)
-                turn_rows(X, r, r_rest, turn, F, Fp, Ep // cols, cols)
-            add_cotangent(X, r, F, E, E1, Fp, cols, mu, d_before, state_at, not same)
+                        s = a // T * T
+                        w, p = s // T * PAIRS, max(0, c - CHUNK)
+                        pairs_back(b - s, Fp, False, K, s * Fp, Fp, Q, s * Fp, Fp, RE, 0, Fp, W, w, 0, d, s, 1)
+                        pairs_back(b - s, Ep, False, V, s * Ep, Ep, G, s * Ep, Ep, RE, 0, Fp, W2, w, 0, d, s, 1)
+                        retreat(b - s, X_slices, F, X_step, K, s * Fp, Fp, Q, s * Fp, Fp, G, s * Ep, Ep,
+                                X, 0, 2 * cols, W, w, 0, U, s * Ep, Ep,
+                                v, v_at + p * v_stride, v_stride, d_out, g_at + p * g_stride, g_stride)  # fmt: skip
+                        retreat(b - s, S_slices, E, S_step, V, s * Ep, Ep, G, s * Ep, Ep, Q, s * Fp, Fp,
+                                S, 0, 2 * cols, W2, w, 0, Y, s * Fp, Fp)  # fmt: skip
+                        add_later(b - a, Fp, Q, a * Fp, Fp, RE, 0, Fp, h, c + a, 1, Y, a * Fp, Fp)
+                        finish_keys(a, b, F, Fp, E, Ep, K, Y, U, same, d_lk, d_v, j * M + c)
+                        if opened[k] == 1:
+                            if k:
+                                copy_rows(1, Fp, spans, (k - 1) * Fp, Fp, m_top, 0, Fp)
+                            else:
+                                copy_rows(1, Fp, marks, c // CHUNK * Fp, Fp, m_top, 0, Fp)
+                            turn_of(1, Fp, m_top, 0, Fp, m, 0, Fp, turn, 0, Fp)
+                            turn_columns(S, E, S_rows, Fp, cols, turn)
+                            turn_features(X, F, X_rows, X_slices, cols, RE, Fp, turn)
+                            copy_rows(1, Fp, m_top, 0, Fp, m, 0, Fp)
+                        b = a
+                    if c % SETTLE == 0:
+                        settle(X_slices * X_rows, NV, X, 0, 2 * cols)
+                        settle(S_slices * S_rows, NV, S, 0, 2 * cols)
+                        settle(1, S_slices * NV, RE, 0, 0)
+                else:
+                    lay_keys(FK, NK, m, 0, n, Fp, K)
+                    fill_up(n, Fp, K)
+                    lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
+                               masked, 0, n, E, Ep, V)  # fmt: skip
+                    fill_up(n, Ep, V)
+                    product(F, Fp, n, X_slices, X_step, cols, K, 0, 1, X, 0, 2 * cols, U, 0, Ep)
+                    product(E, Ep, n, S_slices, S_step, cols, V, 0, 1, S, 0, 2 * cols, Y, 0, Fp)
+                    add_rows(n, Fp, RE, 0, 0, Y, 0, Fp, Y, 0, Fp)
+                    finish_keys(0, n, F, Fp, E, Ep, K, Y, U, same, d_lk, d_v, j * M + c)
+                if masked:
+                    p = j * M + c
+                    hide(mask, mask_at + c * mask_stride, mask_stride, n, behind(d_lk, p * F), F)
+                    hide(mask, mask_at + c * mask_stride, mask_stride, n, behind(d_v, p * E), E)
+            if not causal:
+                none_rows(1, Fp, m_top, 0, Fp)
+                copy_rows(1, F, gauge, j * F, F, m_top, 0, Fp)
+                turn_of(1, Fp, m_top, 0, Fp, m, 0, Fp, turn, 0, Fp)
+                turn_features(X, F, X_rows, X_slices, cols, RE, Fp, turn)
+            settle(X_slices * X_rows, NV, X, 0, 2 * cols)
+            settle(1, S_slices * NV, RE, 0, 0)
+            store_cotangent(X, RE, F, E, E1, cols, Fp, mu, d_before, state_at, same)
 
     return loglinear_backward

@@ -2,94 +2,34 @@
 
     e^x = f 2^n     f in [2^-1/2, 2^1/2] and n an integer
 
--inf is f = 0; NaN, inf and what is beyond LIMIT are f = NaN; both have n = NONE. Rows have Fp numbers, filled up
-with f = 0, n = NONE. A gauge m is one integer a feature, NONE where no key has been yet.
+-inf is f = 0; NaN, inf and what is beyond LIMIT are f = NaN; both have n = NONE. A gauge m is one integer a feature,
+NONE where no key has been yet. Integers lie in arrays of the kernels' float type, as bits.
 """
 
 from __future__ import annotations
 
 import math
 
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from ._jit import helper
 from ._maps import BIAS, LOG2E, MANTISSA, exp
+from ._rows import scale_rows
+from ._vector import I64, Emitter, operation, rowwise
 
 __all__ = [
-    "NONE", "first_excess", "head_room", "key_row", "query_row", "raise_gauge", "row_limit", "same_gauge", "split_row",
-    "turn_columns", "turn_rows", "turned", "widen_gauge", "widen_gauge_rows",
+    "NONE", "cotangent_rows", "excess_rows", "head_room", "key_rows", "multiply_rows", "multiply_rows_add", "none_rows",
+    "query_rows", "raise_gauge", "row_limit", "split_rows", "top_rows", "turn_columns", "turn_features", "turn_of",
+    "widen_by_logs", "widen_rows",
 ]  # fmt: skip
 
 NONE = -(2**29)
 LIMIT = 2**27 * math.log(2)
-LN2_HIGH, LN2_LOW = 0.6931471824645996, -1.904654299957768e-09  # n LN2_HIGH is exact for |n| < 2^27
-SHIFTER = 1.5 * 2.0**52  # x + SHIFTER - SHIFTER is x rounded to an integer
+LN2_PARTS = (0.6931471824645996, -1.904654299957768e-09)
+ROUNDING = 52  # x + 1.5 2^52 has the integer nearest to x in its last bits
 # A token whose log-feature exceeds the gauge by more bits opens a new span. Few spans, and far from either end.
 BITS = {4: 30, 8: 430}
 TOKENS = 20  # bits left for sums over tokens: 10^6 of them
-
-
-@intrinsic
-def power(typing, like, n):
-    """2^n in the type of `like`, 0 below the normal range; n at most the largest exponent."""
-    if not isinstance(n, types.Integer) or n.bitwidth != 32:
-        return None
-    signature = like(like, n)
-
-    def codegen(context, b, sig, args):
-        width = sig.return_type.bitwidth
-        real = ir.FloatType() if width == 32 else ir.DoubleType()
-        whole = ir.IntType(width)
-        n = args[1] if width == 32 else b.sext(args[1], whole)
-        low = b.icmp_signed("<", n, whole(1 - BIAS[width]))
-        field = b.select(low, whole(0), b.add(n, whole(BIAS[width])))
-        return b.bitcast(b.shl(field, whole(MANTISSA[width])), real)
-
-    return signature, codegen
-
-
-@helper
-def split_row(x, f, n):
-    """f and n of one token's logarithms x (float64)."""
-    for i in range(x.size):
-        a = x[i]
-        usable = abs(a) < LIMIT
-        y = a if usable else 0.0
-        whole = (y * LOG2E + SHIFTER) - SHIFTER
-        e = exp(f.dtype.type((y - whole * LN2_HIGH) - whole * LN2_LOW))
-        other = f.dtype.type(0.0 if a == -math.inf else math.nan)
-        f[i] = e if usable else other
-        n[i] = types.int32(whole) if usable else types.int32(NONE)
-
-
-@helper
-def widen_gauge(x, m):
-    """m = max(m, n(x)): the gauge of all keys."""
-    for i in range(x.size):
-        a = x[i]
-        usable = abs(a) < LIMIT
-        y = a if usable else 0.0
-        whole = types.int32((y * LOG2E + SHIFTER) - SHIFTER) if usable else types.int32(NONE)
-        m[i] = max(m[i], whole)
-
-
-@helper
-def excess(n, m):
-    """By how many bits a key exceeds the gauge."""
-    most = types.int32(-(2**31))
-    for i in range(n.size):
-        most = max(most, types.int32(n[i] - m[i]))
-    return most
-
-
-@helper
-def first_excess(n, limits, m, Fp, t, count):
-    """The first row from t on that opens a span, or count."""
-    while t < count and excess(n[t * Fp : (t + 1) * Fp], m) <= limits[t]:
-        t += 1
-    return t
 
 
 def head_room(itemsize: int, n_features: int) -> tuple[int, int]:
@@ -98,97 +38,161 @@ def head_room(itemsize: int, n_features: int) -> tuple[int, int]:
 
 
 @helper
-def row_limit(v, most, room):
-    """The bits by which this token may exceed the gauge: fewer where its values are huge."""
-    top = v.dtype.type(0)
-    for i in range(v.size):
-        a = abs(v[i])
-        if a - a == 0 and a > top:
-            top = a
-    return types.int32(min(most, max(0, room - math.frexp(top)[1])))
+def row_limit(top, most, room):
+    """The bits by which a token with values up to `top` may exceed the gauge: fewer where they are huge."""
+    return min(most, max(0, room - math.frexp(top)[1]))
+
+
+# -- elements ----------------------------------------------------------------------------------------------------
+
+
+def _power(v, n):
+    """2^n, 0 below the normal range; n at most the largest exponent."""
+    low = v.b.icmp_signed("<", n, v.int_const(1 - BIAS[v.bits]))
+    field = v.b.select(low, v.int_const(0), v.b.add(n, v.int_const(BIAS[v.bits])))
+    return v.as_real(v.b.shl(field, v.int_const(MANTISSA[v.bits])))
+
+
+def _rounded(v, x):
+    """Of logarithms x in float64: which are usable, x or 0, x / ln 2 rounded, and that as an integer of v's width."""
+    w = Emitter(v.context, v.b, types.float64, v.lanes)
+    usable = w.compare(w.as_real(w.size_of(x)), "<", w.const(LIMIT))
+    y = w.where(usable, x, w.zero)
+    magic = w.const(1.5 * 2.0**ROUNDING)
+    moved = w.fma(y, w.const(LOG2E), magic)
+    whole = v.b.sub(w.as_int(moved), w.as_int(magic))
+    if v.bits < w.bits:
+        whole = v.b.trunc(whole, v.whole)
+    return w, usable, y, w.sub(moved, magic), v.b.select(usable, whole, v.int_const(NONE))
+
+
+def _split(v, x):
+    """f and n."""
+    w, usable, r, n, whole = _rounded(v, x)
+    for part in LN2_PARTS:
+        r = w.fma(n, w.const(-part), r)
+    if v.bits < w.bits:
+        r = v.b.fptrunc(r, v.type)
+    zero = w.compare(x, "==", w.const(-math.inf))
+    other = v.where(zero, v.zero, v.const(math.nan))
+    return v.where(usable, exp(v, r), other), v.as_real(whole)
+
+
+def _larger(v, n, m):
+    return v.as_real(v.larger(v.as_int(n), v.as_int(m)))
+
+
+def _difference(v, n, m):
+    return v.b.sub(v.as_int(n), v.as_int(m))
+
+
+def _raised(v, n, m):
+    new = _larger(v, n, m)
+    return _power(v, _difference(v, m, new)), new
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+split_rows = rowwise(0, 2, _split)  # x -> f, n
+none_rows = rowwise(0, 1, lambda v: v.as_real(v.int_const(NONE)))
+widen_rows = rowwise(0, 1, _larger)  # n, m -> m' = max(n, m)
+widen_by_logs = rowwise(0, 1, lambda v, x, m: _larger(v, v.as_real(_rounded(v, x)[-1]), m))
+raise_gauge = rowwise(0, 2, _raised)  # n, m -> 2^(m - m'), m' = max(n, m)
+turn_of = rowwise(0, 1, lambda v, old, new: _power(v, _difference(v, old, new)))  # 2^(old - new), old <= new
+key_rows = rowwise(0, 1, lambda v, f, n, m: v.mul(f, _power(v, _difference(v, n, m))))  # f 2^(n - m)
+multiply_rows = rowwise(0, 1, lambda v, x, y: v.mul(x, y))
+multiply_rows_add = rowwise(0, 1, lambda v, x, y, old: v.fma(x, y, old))
+# d_lq = phi (y - go z) / den
+cotangent_rows = rowwise(2, 1, lambda v, go, share, phi, y, z: v.mul(v.mul(phi, share), v.fma(v.neg(go), z, y)))
+
+
+def _largest(v, width, number):
+    """The largest integer number(x) of a row, x = 0, lanes, ... up to `width`, a multiple of the lanes."""
+    (found,) = v.loop(I64(0), width, v.lanes, [v.int_const(-(2**31))], lambda x, acc: [v.larger(acc[0], number(x))])
+    return v.fold(found, v.larger)
+
+
+@operation
+def query_rows(v, sizes, memories):
+    """query_rows(count, width, f, n, m, phi, rho): phi = f 2^(n + m - rho), rho = max (n + m): no positive exponent."""
+    count, width = sizes
+    (ff, ldf), (nn, ldn), (mm, _), (phi, ldp), (rho, _) = memories
+    b, one = v.b, v.single()
+
+    def row(t, _):
+        f_start, n_start, p_start = b.mul(t, ldf), b.mul(t, ldn), b.mul(t, ldp)
+
+        def raised(x):
+            return b.add(v.as_int(nn.load(v, n_start, x)), v.as_int(mm.load(v, x)))
+
+        largest = _largest(v, width, raised)
+        everywhere = v.as_int(v.spread(one.as_real(largest)))
+
+        def element(x, _):
+            phi.store(v, v.mul(ff.load(v, f_start, x), _power(v, b.sub(raised(x), everywhere))), p_start, x)
+
+        v.loop(I64(0), width, v.lanes, [], element)
+        rho.store(one, b.sitofp(largest, one.type), t)
+
+    v.loop(I64(0), count, 1, [], row)
+
+
+@operation
+def excess_rows(v, sizes, memories):
+    """excess_rows(count, width, n, m, bits): by how many bits each key exceeds the gauge, at most."""
+    count, width = sizes
+    (nn, ldn), (mm, _), (bits, _) = memories
+    b, one = v.b, v.single()
+
+    def row(t, _):
+        start = b.mul(t, ldn)
+        largest = _largest(v, width, lambda x: _difference(v, nn.load(v, start, x), mm.load(v, x)))
+        bits.store(one, b.sitofp(largest, one.type), t)
+
+    v.loop(I64(0), count, 1, [], row)
+
+
+@operation
+def top_rows(v, sizes, memories):
+    """top_rows(count, width, x, top): the largest finite |x| of each row; any `width`."""
+    count, width = sizes
+    (xx, ldx), (top, _) = memories
+    b, one = v.b, v.single()
+    whole = b.sub(width, b.and_(width, I64(v.lanes - 1)))
+
+    def row(t, _):
+        start = b.mul(t, ldx)
+
+        def largest(w, first, last, found):
+            def body(x, acc):
+                a = xx.load(w, start, x)
+                finite = w.compare(w.sub(a, a), "==", w.zero)
+                return [w.larger(acc[0], b.select(finite, w.size_of(a), w.int_const(0)))]
+
+            return w.loop(first, last, w.lanes, [found], body)[0]
+
+        in_vectors = v.fold(largest(v, I64(0), whole, v.int_const(0)), v.larger)
+        top.store(one, one.as_real(largest(one, whole, width, in_vectors)), t)
+
+    v.loop(I64(0), count, 1, [], row)
+
+
+# -- states in another gauge ---------------------------------------------------------------------------------------
 
 
 @helper
-def widen_gauge_rows(n, count, Fp, m):
-    """m = max(m, n of a chunk's rows)"""
-    for t in range(count):
-        row = n[t * Fp : (t + 1) * Fp]
-        for i in range(m.size):
-            m[i] = max(m[i], row[i])
+def turn_features(S, F, S_rows, slices, cols, ZE, Fp, turn):
+    """A state whose rows are features, and the sums of features, times turn."""
+    for x in range(slices):
+        place = x * S_rows * 2 * cols
+        scale_rows(F, 2 * cols, turn, 0, 1, S, place, 2 * cols, S, place, 2 * cols)
+    multiply_rows(2, Fp, ZE, 0, Fp, turn, 0, 0, ZE, 0, Fp)
 
 
 @helper
-def raise_gauge(n, m, turn):
-    """m' = max(m, n), turn = 2^(m - m')."""
-    for i in range(turn.size):
-        new = max(m[i], n[i])
-        turn[i] = power(turn[i], types.int32(m[i] - new))
-        m[i] = new
-
-
-@helper
-def turned(old, new, turn):
-    """turn = 2^(old - new), where old <= new."""
-    for i in range(turn.size):
-        turn[i] = power(turn[i], types.int32(old[i] - new[i]))
-
-
-@helper
-def same_gauge(a, b):
-    differ = 0
-    for i in range(a.size):
-        differ |= a[i] ^ b[i]
-    return differ == 0
-
-
-@helper
-def query_row(f, n, m, phi):
-    """phi = f 2^(n + m - rho), rho = max (n + m): no exponent is positive. Gives rho."""
-    rho = types.int32(-(2**31))
-    for i in range(n.size):
-        rho = max(rho, types.int32(n[i] + m[i]))
-    for i in range(phi.size):
-        phi[i] = f[i] * power(phi[i], types.int32(n[i] + m[i] - rho))
-    return rho
-
-
-@helper
-def key_row(f, n, m, phi):
-    """phi = f 2^(n - m)"""
-    for i in range(phi.size):
-        phi[i] = f[i] * power(phi[i], types.int32(n[i] - m[i]))
-
-
-@helper
-def multiply(x, factors):
-    for i in range(x.size):
-        x[i] *= factors[i]
-
-
-@helper
-def multiply_row(x, factor):
-    for i in range(x.size):
-        x[i] *= factor
-
-
-@helper
-def turn_rows(S, z, e, turn, F, Fp, slices, cols):
-    """A state whose rows are features, and its sums of features, in another gauge."""
-    multiply(z, turn)
-    multiply(e, turn)
-    for f in range(F):
-        if turn[f] != 1:
-            for i in range(slices):
-                place = (i * Fp + f) * 2 * cols
-                multiply_row(S[place : place + 2 * cols], turn[f])
-
-
-@helper
-def turn_columns(S, turn, rows, padded, slices, cols):
-    """A state whose columns are features in another gauge."""
-    for i in range(slices):
-        factors = turn[i * cols : (i + 1) * cols]
-        for x in range(rows):
-            place = (i * padded + x) * 2 * cols
-            multiply(S[place : place + cols], factors)
-            multiply(S[place + cols : place + 2 * cols], factors)
+def turn_columns(S, E, S_rows, Fp, cols, turn):
+    """A state whose columns are features, times turn."""
+    for f in range(0, Fp, cols):
+        place = f // cols * S_rows * 2 * cols
+        multiply_rows(E, cols, S, place, 2 * cols, turn, f, 0, S, place, 2 * cols)
+        multiply_rows(E, cols, S, place + cols, 2 * cols, turn, f, 0, S, place + cols, 2 * cols)

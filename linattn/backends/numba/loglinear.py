@@ -13,7 +13,7 @@ from numba import types
 
 from ._jit import compile_kernel
 from ._layout import flat, plan, scratch
-from ._loglinear import backward_kernel, forward_kernel, integers, scratch_size
+from ._loglinear import backward_kernel, forward_kernel, scratch_size
 from ._logs import head_room
 from ._tiles import CHUNK, TILE
 from .linear import delivered, described, summed, usable, widened
@@ -28,18 +28,16 @@ def kernel(direction: str, dtype: np.dtype):
         return types.Array(kind, n_axes, "C", readonly=True)
 
     x, made = given(real), types.Array(real, 1, "C")
-    log, mask, gauge, whole = (
-        given(types.float64),
-        given(types.boolean),
-        given(types.int32),
-        types.Array(types.int32, 1, "C"),
-    )
+    log, mask = given(types.float64), given(types.boolean)
     rest = (given(types.int64, 2), given(types.int64), types.intp, types.intp)
     if direction == "forward":
-        arguments = (log, log, x, mask, x, x, gauge, *[made] * 4, whole, made, whole, *rest)
-        return compile_kernel(forward_kernel, arguments)
-    arguments = (x, x, x, log, log, x, mask, x, x, gauge, *[made] * 5, whole, whole, made, *rest)
-    return compile_kernel(backward_kernel, arguments)
+        return compile_kernel(forward_kernel, (log, log, x, mask, x, x, x, *[made] * 6, *rest))
+    return compile_kernel(backward_kernel, (x, x, x, log, log, x, mask, x, x, x, *[made] * 8, *rest))
+
+
+def whole(dtype):
+    """The integers that are as wide as `dtype`: kernels take gauges as the bits of numbers."""
+    return {4: np.int32, 8: np.int64}[dtype.itemsize]
 
 
 class Call:
@@ -67,7 +65,7 @@ class Call:
         self.plan = plan((described(lk, 2), described(v, 2), mask_array), (described(lq, 2), d_out_array, d_lse_array))
         self.N, self.M, self.R, self.E = lq.shape[-2], lk.shape[-2], lq.shape[-1], v.shape[-1]
         self.sums, self.rest = (np.ascontiguousarray(x, dtype).reshape(-1) for x in state[:2])
-        self.gauge = np.ascontiguousarray(state[2], np.int32).reshape(-1)
+        self.gauge = np.ascontiguousarray(state[2], whole(dtype)).reshape(-1).view(dtype)
         q_stride, g_stride, l_stride, k_stride, v_stride, mask_stride = self.plan.strides
         switches = (span == "past", *(x is not None for x in (key_mask, d_state, d_lse)), centre)
         self.dims = np.array(
@@ -77,7 +75,6 @@ class Call:
         )  # fmt: skip
         self.columns = TILE.columns(dtype.itemsize)
         self.work = scratch(dtype, scratch_size(self.R, self.E, self.columns))
-        self.whole = scratch(np.dtype(np.int32), integers(self.R, self.columns))
 
     @property
     def operands(self):
@@ -91,12 +88,12 @@ def forward(lq, lk, v, state, *, span, key_mask, out, xp):
     shape = (*lead, call.N, call.E)
     result = out if usable(out, dtype) else np.empty(shape, dtype)
     lse = np.empty((*lead, call.N), dtype)
-    after = *(np.empty(state[0].shape, dtype) for _ in range(2)), np.empty(state[2].shape, np.int32)
+    after = *(np.empty(state[0].shape, dtype) for _ in range(2)), np.empty(state[2].shape, whole(dtype))
     kernel("forward", dtype)(
         *call.operands, call.sums, call.rest, call.gauge, result.reshape(-1), lse.reshape(-1),
-        *(x.reshape(-1) for x in after), call.work, call.whole, call.plan.table, call.dims, 0, prod(lead),
+        *(x.reshape(-1).view(dtype) for x in after), call.work, call.plan.table, call.dims, 0, prod(lead),
     )  # fmt: skip
-    return delivered(result, out, v.dtype, shape), lse, after
+    return delivered(result, out, v.dtype, shape), lse, (*after[:2], after[2].astype(np.int32))
 
 
 def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre, xp):
@@ -110,11 +107,11 @@ def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre,
         d_lk[...] = d_v[...] = 0
         d_before[...] = 0 if d_state is None else d_state
     padded = -(-call.R // call.columns) * call.columns
-    marks = np.empty(-(-call.N // CHUNK) * padded, np.int32)
-    c_go = np.empty(2 * call.N, dtype)
+    marks = np.empty(-(-call.N // CHUNK) * padded, dtype)
+    den, h = np.empty(call.N, dtype), np.empty(call.N, dtype)
     kernel("backward", dtype)(
         call.d_out, call.d_lse, after, *call.operands, call.sums, call.rest, call.gauge,
-        *(x.reshape(-1) for x in (d_lq, d_lk, d_v, d_before)), call.work, call.whole, marks, c_go,
+        *(x.reshape(-1) for x in (d_lq, d_lk, d_v, d_before)), call.work, marks, den, h,
         call.plan.table, call.dims, 0, prod(lead),
     )  # fmt: skip
     return summed(d_lq, lq.shape), summed(d_lk, lk.shape), summed(d_v, v.shape), d_before

@@ -31,6 +31,8 @@ LIMIT = 2**27  # |n| from here on is as good as NaN: a log of this size has no d
 # ln 2 in two parts, the first short enough that n times it is exact for every n that matters
 LN2 = {"float64": (0.6931471824645996, -1.904654299957768e-09), "float32": (0.693115234375, 3.1946184945309415e-05)}
 
+TABLES = {name: [2.0**-n for n in range(last)] + [0.0] for name, last in (("float64", 1023), ("float32", 127))}
+
 
 def forward(lq, lk, v, state, *, span, key_mask, out, xp, chunk_size=CHUNK):
     """out (..., N, E), lse (..., N) and the state after all keys. Arguments: engines/loglinear.py."""
@@ -394,19 +396,11 @@ class Powers:
     def __call__(self, n, dtype):
         xp = self.xp
         if dtype not in self.tables:
-            self.tables[dtype] = self.table(dtype)
-        table, last = self.tables[dtype]
-        index = xp.reshape(xp.clip(-n, 0, last), (-1,))
+            numbers = TABLES["float64" if dtype == xp.float64 else "float32"]
+            self.tables[dtype] = xp.asarray(numbers, dtype=dtype, device=_arrays.device(self.like))
+        table = self.tables[dtype]
+        index = xp.reshape(xp.clip(-n, 0, table.shape[0] - 1), (-1,))
         return xp.reshape(xp.take(table, index, axis=0), tuple(n.shape))
-
-    def table(self, dtype):
-        xp = self.xp
-        table = xp.ones((1,), dtype=dtype, device=_arrays.device(self.like))
-        bits = 10 if _arrays.dtype_name(table) == "float64" else 7
-        for bit in range(bits):
-            table = xp.concat([table, table * 2.0 ** -(1 << bit)])
-        last = (1 << bits) - 1  # one below the normal range
-        return xp.concat([table[:last], xp.zeros_like(table[:1])]), last
 
 
 def _largest(x, xp):
