@@ -120,7 +120,7 @@ def _power(s: Floats, p: float) -> Floats:
 def checked(given: Any, features: Any) -> tuple[Any, ...]:
     """(A, c), or for features fitted to data (A, c, second), as arrays; A and c may be None."""
     if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
-        raise TypeError(f"`calibration` must be (A, c) or (A, c, second), got {type(given).__name__} {given!r}.")
+        raise TypeError(f"`calibration` must be (A, c) or (A, c, second), got {type(given).__name__}.")
     a, c, second = (*given, None)[:3]
     if (second is not None) != (features in FITTED):
         with_or_without = "with" if features in FITTED else "without"

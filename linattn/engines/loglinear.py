@@ -66,7 +66,8 @@ def forward(
     """out (..., N, E) in the dtype of v, lse (..., N), and the state after all keys.
 
     lq (..., N, R), lk (..., M, R), v (..., M, E), leading axes broadcast; logarithms in float64 where the library has
-    it, whatever the dtype of v. -inf is a feature that is 0; NaN and inf give NaN. `room` is a backend's loglinear.py.
+    it, whatever the dtype of v, or in float32 where that rounds nothing. -inf is a feature that is 0; NaN and inf give
+    NaN. `room` is a backend's loglinear.py.
     """
     if state is None:
         state = empty_state(state_shape(lk, v, options), v, xp)

@@ -7,7 +7,6 @@ from typing import Any
 
 from linattn import _arrays
 from linattn._arrays import Array
-from linattn.engines import loglinear
 from linattn.engines.features import FeatureMap
 from linattn.mechanisms.attention import Attention, Call, State
 from linattn.mechanisms.feature_attention import FeatureAttention
@@ -96,10 +95,10 @@ class Linear(FeatureAttention, LogFeatureAttention):
     # phi = exp:  log phi(q) = q, log phi(k) = k
 
     def _log_q(self, q: Array, constants: tuple[Any, ...], call: Call) -> Array:
-        return _arrays.cast(q, loglinear.log_dtype(q, call.xp), call.xp)
+        return _arrays.cast(q, _arrays.accumulator(q, call.xp), call.xp)
 
     def _log_k(self, k: Array, constants: tuple[Any, ...], call: Call) -> Array:
-        return _arrays.cast(k, loglinear.log_dtype(k, call.xp), call.xp)
+        return _arrays.cast(k, _arrays.accumulator(k, call.xp), call.xp)
 
     def _log_q_vjp(
         self, d_lq: Array, q: Array, constants: tuple[Any, ...], call: Call

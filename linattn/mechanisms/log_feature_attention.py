@@ -54,7 +54,7 @@ class LogFeatureAttention(Attention):
     # -- the verbs of `Attention` -----------------------------------------------------------------------------------
 
     def _forward(self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any) -> tuple[Array, Any, Any]:
-        constants = self._constants(q, k, call)
+        constants, k = self._constants(q, k, call), shown(k, call)
         where, features = room(call, q, "loglinear"), self._log_features(constants, call)
         y, after = log_features.forward(features, q, k, v, arrays, _options(call), room=where, out=out, xp=call.xp)
         return y, after, (q, k, v, arrays, constants, where)
@@ -106,6 +106,16 @@ class LogFeatureAttention(Attention):
         self, earlier: loglinear.LogLinearState, later: loglinear.LogLinearState, xp: Any
     ) -> loglinear.LogLinearState:
         return loglinear.merge(earlier, later, xp)
+
+
+def shown(k: Array, call: Call) -> Array:
+    """k with zeros where nobody sees it: whatever is there is not in the VJP of the features either, 0 * NaN is NaN."""
+    mask, xp = call.key_mask, call.xp
+    if mask is None:
+        return k
+    whole = xp.broadcast_to(mask, (*_arrays.broadcast_shapes(tuple(mask.shape[:-1]), tuple(k.shape[:-2])), k.shape[-2]))
+    seen = _arrays.unbroadcast(_arrays.cast(whole, xp.int32, xp), tuple(k.shape[:-1]), xp) > 0
+    return xp.where(seen[..., None], k, xp.zeros_like(k))
 
 
 def _options(call: Call) -> loglinear.Options:

@@ -20,7 +20,7 @@ from linattn.engines import kernels, linear
 from linattn.engines.features import FeatureMap
 from linattn.engines.linear import LinearState
 from linattn.mechanisms.attention import Call, room
-from linattn.mechanisms.log_feature_attention import LogFeatureAttention
+from linattn.mechanisms.log_feature_attention import LogFeatureAttention, shown
 
 POSITIVE = ("positive", "hyperbolic", "oprf", "sderf")  # estimates of softmax by positive features
 GENERAL_EPS = 1e-3
@@ -196,7 +196,7 @@ class RandomFeatureAttention(LogFeatureAttention):
         g = _arrays.cast(d_out, saved.q.dtype, xp)
         d_phi_q, d_phi_k, d_v, d_sums = linear.backward(g, d_state, saved, _options(call), room=where, out=None, xp=xp)
         d_q, from_q = self._phi_vjp(d_phi_q, q, "q", constants, call)
-        d_k, from_k = self._phi_vjp(d_phi_k, _seen(k, call), "k", constants, call)
+        d_k, from_k = self._phi_vjp(d_phi_k, shown(k, call), "k", constants, call)
         d_constants = tuple(a + b for a, b in zip(from_q, from_k, strict=True))
         grads = (
             _arrays.fill(o, _arrays.cast(_arrays.unbroadcast(d_x, tuple(x.shape), xp), x.dtype, xp))
@@ -226,7 +226,3 @@ def _options(call: Call) -> linear.Options:
     span = "past" if call.causal else "all"
     return linear.Options(kernels.IDENTITY, span, None, call.key_mask, normalize=True, eps="safe")
 
-
-def _seen(k: Array, call: Call) -> Array:
-    """Keys with zeros under the mask: their cotangents are zero, and 0 * NaN is NaN."""
-    return k if call.key_mask is None else call.xp.where(call.key_mask[..., None], k, call.xp.zeros_like(k))

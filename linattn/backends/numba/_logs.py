@@ -54,8 +54,10 @@ def _power(v, n):
 
 
 def _rounded(v, x):
-    """Of logarithms x in float64: which are usable, x or 0, x / ln 2 rounded, and that as an integer of v's width."""
+    """Of logarithms x: float64's arithmetic, x in it, which are usable, x or 0, x / ln 2 rounded, and as an integer."""
     w = Emitter(v.context, v.b, types.float64, v.lanes)
+    if x.type != w.type:
+        x = v.b.fpext(x, w.type)
     usable = w.compare(w.as_real(w.size_of(x)), "<", w.const(LIMIT))
     y = w.where(usable, x, w.zero)
     magic = w.const(1.5 * 2.0**ROUNDING)
@@ -63,12 +65,12 @@ def _rounded(v, x):
     whole = v.b.sub(w.as_int(moved), w.as_int(magic))
     if v.bits < w.bits:
         whole = v.b.trunc(whole, v.whole)
-    return w, usable, y, w.sub(moved, magic), v.b.select(usable, whole, v.int_const(NONE))
+    return w, x, usable, y, w.sub(moved, magic), v.b.select(usable, whole, v.int_const(NONE))
 
 
 def _split(v, x):
     """f and n."""
-    w, usable, r, n, whole = _rounded(v, x)
+    w, x, usable, r, n, whole = _rounded(v, x)
     for part in LN2_PARTS:
         r = w.fma(n, w.const(-part), r)
     if v.bits < w.bits:

@@ -20,15 +20,15 @@ from .linear import delivered, described, summed, usable, widened
 
 
 @cache
-def kernel(direction: str, dtype: np.dtype):
+def kernel(direction: str, dtype: np.dtype, of_logs: np.dtype):
     """The compiled kernel; the first call in a process compiles it or loads it from the cache."""
-    real = {"float32": types.float32, "float64": types.float64}[dtype.name]
+    real, log = ({"float32": types.float32, "float64": types.float64}[x.name] for x in (dtype, of_logs))
 
     def given(kind, n_axes=1):
         return types.Array(kind, n_axes, "C", readonly=True)
 
     x, made = given(real), types.Array(real, 1, "C")
-    log, mask = given(types.float64), given(types.boolean)
+    log, mask = given(log), given(types.boolean)
     rest = (given(types.int64, 2), given(types.int64), types.intp, types.intp)
     if direction == "forward":
         return compile_kernel(forward_kernel, (log, log, x, mask, x, x, x, *[made] * 6, *rest))
@@ -44,8 +44,10 @@ class Call:
     """What both directions need of the logarithms, v and the mask: flat views, the plan, sizes and switches."""
 
     def __init__(self, lq, lk, v, state, span, key_mask, d_out=None, d_lse=None, d_state=None, centre=True):
-        lq, lk, v = np.asarray(lq, np.float64), np.asarray(lk, np.float64), widened(v)
+        v = widened(v)
         self.dtype = dtype = v.dtype
+        self.of_logs = np.result_type(lq, lk, dtype)
+        lq, lk = np.asarray(lq, self.of_logs), np.asarray(lk, self.of_logs)
         self.lq, lq = flat(lq)
         self.lk, lk = flat(lk)
         self.v, v = flat(v)
@@ -89,7 +91,7 @@ def forward(lq, lk, v, state, *, span, key_mask, out, xp):
     result = out if usable(out, dtype) else np.empty(shape, dtype)
     lse = np.empty((*lead, call.N), dtype)
     after = *(np.empty(state[0].shape, dtype) for _ in range(2)), np.empty(state[2].shape, whole(dtype))
-    kernel("forward", dtype)(
+    kernel("forward", dtype, call.of_logs)(
         *call.operands, call.sums, call.rest, call.gauge, result.reshape(-1), lse.reshape(-1),
         *(x.reshape(-1).view(dtype) for x in after), call.work, call.plan.table, call.dims, 0, prod(lead),
     )  # fmt: skip
@@ -109,7 +111,7 @@ def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre,
     padded = -(-call.R // call.columns) * call.columns
     marks = np.empty(-(-call.N // CHUNK) * padded, dtype)
     den, h = np.empty(call.N, dtype), np.empty(call.N, dtype)
-    kernel("backward", dtype)(
+    kernel("backward", dtype, call.of_logs)(
         call.d_out, call.d_lse, after, *call.operands, call.sums, call.rest, call.gauge,
         *(x.reshape(-1) for x in (d_lq, d_lk, d_v, d_before)), call.work, marks, den, h,
         call.plan.table, call.dims, 0, prod(lead),

@@ -1,6 +1,6 @@
 """The log-linear engine in the array API: the definition of both verbs.
 
-    e^x = f 2^n      f in [2^-1/2, 2^1/2], n an integer: every log-feature is split once, in the dtype it comes in
+    e^x = f 2^n      f in [2^-1/2, 2^1/2], n an integer: every log-feature is split once, in float64 where there is one
     A[t, s] = 2^-rho_t sum_r (fq 2^nq)[t, r] (fk 2^nk)[s, r]          [num, den][t] = sum_{s <= t} A[t, s] [v, 1][s]
 
 A gauge is an integer g_r for each feature that is set aside from the keys and given to the queries,
@@ -101,12 +101,12 @@ def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre,
 def weights(lq, lk, *, span, key_mask, xp):
     """A[t, s] / den[t], (..., N, M); rows that see nothing are 0."""
     gauge = xp.full((lk.shape[-1],), NONE, dtype=xp.int32, device=_arrays.device(lk))
-    n_tokens = lq.shape[-2]
+    n_tokens, dtype = lq.shape[-2], _arrays.wide(lq, xp)
     if span == "past" and n_tokens:
-        grid = Chunks(lq, lk, gauge, key_mask, lq.dtype, _power_above(n_tokens), xp)
+        grid = Chunks(lq, lk, gauge, key_mask, dtype, _power_above(n_tokens), xp)
         a = grid.pairs()[..., :n_tokens, :n_tokens]
     else:
-        grid = Whole(lq, lk, gauge, key_mask, lq.dtype, CHUNK, xp)
+        grid = Whole(lq, lk, gauge, key_mask, dtype, CHUNK, xp)
         a = xp.matmul(grid.phi_q, xp.matrix_transpose(grid.phi_k))
     den = _sum(a, xp)
     dead = den == 0
@@ -377,6 +377,7 @@ def operands(lq, lk, key_mask, dtype, xp):
 
 def split(x, dtype, xp):
     """f in `dtype` and n (int32) with e^x = f 2^n; f = 0 for -inf, NaN for NaN, inf and beyond LIMIT, with n = NONE."""
+    x = _arrays.cast(x, _arrays.wide(x, xp), xp)
     high, low = LN2[_arrays.dtype_name(x)]
     usable = xp.abs(x) < LIMIT * math.log(2)
     y = xp.where(usable, x, xp.zeros_like(x))
