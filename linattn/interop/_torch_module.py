@@ -245,7 +245,7 @@ class Attention(nn.Module):
 
     def _check_attn_mask(self, attn_mask: Tensor, is_causal: bool, query: Tensor, key: Tensor) -> None:
         if not is_causal:
-            raise ValueError(f"`attn_mask` must come with is_causal=True, got one alone: weights take no mask.")
+            raise ValueError("`attn_mask` must come with is_causal=True, got one alone: weights take no mask.")
         tokens = -3 if query.ndim == 3 and not self.batch_first else -2
         want = (query.shape[tokens], key.shape[tokens])
         if tuple(attn_mask.shape[-2:]) != want:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linattn import _arrays
 from linattn.interop import _kernels
 from linattn.interop._kernels import LinearOptions, SoftmaxOptions
 
@@ -61,9 +62,11 @@ def _view(x: Tensor | None) -> np.ndarray | None:
 
 def tensor(x: np.ndarray) -> Tensor:
     """A fresh array's memory as a tensor."""
-    if x.dtype.name == "bfloat16":
-        return torch.from_numpy(np.ascontiguousarray(x).view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(x))
+    if not x.flags.c_contiguous:
+        x = np.ascontiguousarray(x)
+    if _arrays.dtype_name(x) == "bfloat16":
+        return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
 
 
 def _pair(a: Tensor | None, b: Tensor | None) -> tuple[np.ndarray, np.ndarray] | None:
