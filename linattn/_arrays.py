@@ -140,6 +140,8 @@ def to_numpy(x: Array) -> np.ndarray:
         return x
     if library(x) == "torch":
         return np.asarray(x.detach().cpu())
+    if library(x) == "cupy":
+        return x.get()
     return np.asarray(x)
 
 

@@ -82,7 +82,8 @@ def linear_forward(
         outs, dens = [], []
         for a, b in parts:
             engine = options.engine(_cut(turns, a, b), _masked(key_mask, a, b))
-            y, _, saved = linear.forward(*_rows((q, k, v), a, b), None, engine, room=room, out=None, xp=np)
+            own_q, own_k, own_v = _rows(a, b, q, k, v)
+            y, _, saved = linear.forward(own_q, own_k, own_v, None, engine, room=room, out=None, xp=np)
             outs.append(y)
             dens.append(saved.den)
     lead = _lead(q, k, v, turns, key_mask)
@@ -105,11 +106,12 @@ def linear_backward(
             return linear.backward(d_out, d_state, saved, engine, room=room, out=None, xp=np)
         grads = []
         for a, b in parts:
-            cut = _cut(turns, a, b), _masked(key_mask, a, b)
-            rows = _rows((q, k, v), a, b)
+            own_turns, own_mask = _cut(turns, a, b), _masked(key_mask, a, b)
+            own_q, own_k, own_v = _rows(a, b, q, k, v)
             own_den = None if den is None else den[..., a:b]
-            saved = linear.Saved(*rows, _state(None, *rows, *cut, options), own_den)
-            engine = options.engine(*cut)
+            start = _state(None, own_q, own_k, own_v, own_turns, own_mask, options)
+            saved = linear.Saved(own_q, own_k, own_v, start, own_den)
+            engine = options.engine(own_turns, own_mask)
             grads.append(linear.backward(d_out[..., a:b, :], None, saved, engine, room=room, out=None, xp=np)[:3])
     return *_joined_like((q, k, v), grads), None
 
@@ -136,12 +138,11 @@ def softmax_forward(
     with _arrays.quiet(q):
         if parts is None:
             return softmax.forward(q, k, v, options.engine(key_mask), room=room, out=None, xp=np)[0]
-        outs = [
-            softmax.forward(
-                *_rows((q, k, v), a, b), options.engine(_masked(key_mask, a, b)), room=room, out=None, xp=np
-            )[0]
-            for a, b in parts
-        ]
+        outs = []
+        for a, b in parts:
+            own_q, own_k, own_v = _rows(a, b, q, k, v)
+            engine = options.engine(_masked(key_mask, a, b))
+            outs.append(softmax.forward(own_q, own_k, own_v, engine, room=room, out=None, xp=np)[0])
     return _joined(outs, (*_lead(q, k, v, None, key_mask), 0, v.shape[-1]), q.dtype, -2)
 
 
@@ -157,7 +158,7 @@ def softmax_backward(
             return softmax.backward(d_out, saved, options.engine(key_mask), room=room, out=None, xp=np)
         grads = [
             softmax.backward(
-                d_out[..., a:b, :], softmax.Saved(*_rows((q, k, v), a, b)), options.engine(_masked(key_mask, a, b)),
+                d_out[..., a:b, :], softmax.Saved(*_rows(a, b, q, k, v)), options.engine(_masked(key_mask, a, b)),
                 room=room, out=None, xp=np,
             )
             for a, b in parts
@@ -198,12 +199,12 @@ def _lead(q: Array, k: Array, v: Array, turns: Any, key_mask: Array | None) -> t
     return _arrays.broadcast_shapes(*shapes, *([] if key_mask is None else [key_mask.shape[:-1]]))
 
 
-def _rows(arrays: tuple[Array, ...], a: int, b: int) -> list[Array]:
-    return [x[..., a:b, :] for x in arrays]
+def _rows(a: int, b: int, *arrays: Array) -> Any:
+    return tuple(x[..., a:b, :] for x in arrays)
 
 
 def _cut(turns: Any, a: int, b: int) -> Any:
-    return None if turns is None else tuple(_rows(turns, a, b))
+    return None if turns is None else _rows(a, b, *turns)
 
 
 def _masked(key_mask: Array | None, a: int, b: int) -> Array | None:

@@ -73,7 +73,7 @@ def _pair(a: Tensor | None, b: Tensor | None) -> tuple[np.ndarray, np.ndarray] |
     return None if a is None or b is None else (view(a), view(b))
 
 
-def _own(x: np.ndarray, *given: Tensor | None) -> Tensor:
+def _own(x: Any, *given: Tensor | None) -> Tensor:
     """As a tensor of its own memory, which no argument shares: a state that saw no token may be the one given."""
     shared = any(y is not None and np.may_share_memory(x, view(y)) for y in given)
     return tensor(x.copy() if shared else x)
@@ -137,7 +137,8 @@ def turns(dtype: torch.dtype, *args: Any) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() or not (position_q is position_k is cu_seqlens is None):
         return OPS.turns.default(torch.empty(0, dtype=dtype), *args)
     like = np.empty(0, np.float64 if dtype is torch.float64 else np.float32)
-    table_q, table_k = _kernels.turns(like, *numbers, None, None)
+    n_queries, n_keys, first, length, align = numbers
+    table_q, table_k = _kernels.turns(like, n_queries, n_keys, first, length, align, None, None)
     return tensor(table_q), tensor(table_k)
 
 

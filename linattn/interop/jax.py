@@ -139,8 +139,8 @@ def _compiled(
         wide = _arrays.accumulator(q, xp)
         q, k, v = own.phi(q.astype(wide), xp), own.phi(k.astype(wide), xp), v.astype(wide)
     static = (LinearOptions.of(mechanism, causal, name), edges)
-    turns = () if turn_q is None else (turn_q, turn_k)
-    q, k, v, mask, *turns = _aligned(len(lead), (q, k, v), key_mask, *turns)
+    given = () if turn_q is None else (turn_q, turn_k)
+    q, k, v, mask, *turns = _aligned(len(lead), (q, k, v), key_mask, *given)
     return _linear(static, q, k, v, mask, tuple(turns)).astype(dtype)
 
 
@@ -226,13 +226,19 @@ def _softmax(static: Any, q: Array, k: Array, v: Array, mask: Any) -> Array:
 
 def _softmax_forward(static: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
     options, edges = static
-    run = lambda *arrays: _kernels.softmax_forward(*arrays, _cu(edges), options)  # noqa: E731
+
+    def run(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return _kernels.softmax_forward(q, k, v, mask, _cu(edges), options)
+
     return _on_host(run, _result(q, k, v, mask), q, k, v, mask), (q, k, v, mask)
 
 
 def _softmax_backward(static: Any, saved: Any, d_out: Array) -> Any:
     options, edges = static
-    run = lambda *arrays: _kernels.softmax_backward(*arrays, _cu(edges), options)  # noqa: E731
+
+    def run(d_out: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return _kernels.softmax_backward(d_out, q, k, v, mask, _cu(edges), options)
+
     return *_on_host(run, tuple(map(_shape, saved[:3])), d_out, *saved), None
 
 
