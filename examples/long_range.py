@@ -27,15 +27,16 @@ OPERATIONS: dict[str, Callable[[list[int]], int]] = {
 NAMES = list(OPERATIONS)
 OPEN = DIGITS  # DIGITS + i opens the i-th operation
 CLOSE, ASK, PAD = (OPEN + len(NAMES) + i for i in range(3))
-N_TOKENS = PAD + 1
-N_KEYS = 8  # of the recall task: digits and what follows them serve as keys
+N_KEYS = 8  # of the recall task
+KEY = PAD + 1
+N_TOKENS = KEY + N_KEYS
 
 
 def recall(random: Random, length: int) -> tuple[list[int], int]:
     """key value key value ... ASK key -> the value that the key had last."""
     pairs = [(random.randrange(N_KEYS), random.randrange(DIGITS)) for _ in range((length - 2) // 2)]
     key, _ = random.choice(pairs)
-    return [x for k, v in pairs for x in (k + OPEN, v)] + [ASK, key + OPEN], dict(pairs)[key]
+    return [x for k, v in pairs for x in (k + KEY, v)] + [ASK, key + KEY], dict(pairs)[key]
 
 
 def listops(random: Random, length: int) -> tuple[list[int], int]:
