@@ -49,7 +49,7 @@ def backward(
     run = _with(chunk_size, xp)
     before, after = _value(state, xp), d_state
     after = xp.zeros_like(before) if after is None else _arrays.cast(after, before.dtype, xp)
-    g = _arrays.cast(d_out, phi_q.dtype, xp)
+    g = _arrays.row_major(_arrays.cast(d_out, phi_q.dtype, xp))
 
     if normalize:
         mu = visible_mean(v1[..., :-1], key_mask, xp)  # (..., 1, E)
@@ -198,6 +198,7 @@ def operands(q, k, v, key_mask, normalize, eps, xp):
     dtype = _arrays.accumulator(q, xp)
     phi_q, phi_k, v1 = (_arrays.cast(x, dtype, xp) for x in (q, k, v))
     phi_k, v1 = visible(phi_k, key_mask, xp), visible(v1, key_mask, xp)
+    phi_q, phi_k, v1 = (_arrays.row_major(x) for x in (phi_q, phi_k, v1))
     scale = None
     if normalize:
         v1 = xp.concat([v1, _ones(v1, xp)], axis=-1)
