@@ -35,7 +35,7 @@ def export(attend: Any, shape: tuple[int, ...]) -> Any:
 def run(model: Any, *arrays: np.ndarray) -> list[np.ndarray]:
     """The model's outputs by onnxruntime."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, dict(zip(("q", "k", "v", "d_out"), arrays, strict=True)))
 

@@ -321,8 +321,9 @@ def _begin(
 def _checked(q: Any, k: Any, v: Any, mechanism: Any, causal: Any, key_mask: Any, backend: Any) -> _Shard:
     if not isinstance(mechanism, FeatureAttention):
         if isinstance(mechanism, Attention):
-            why = "its state grows with the sequence or has no scan over ranks"
-            raise _checks.not_offered(mechanism, "run on many processes", why)
+            raise ValueError(
+                f"`{mechanism!r}` cannot run on many processes: its state grows or has no scan over ranks."
+            )
         raise TypeError(f"`mechanism` must be a value like linattn.Linear(), got {mechanism!r}.")
     xp = _checks.queries_keys_values(q, k, v)
     q, k, v = _arrays.plain(q), _arrays.plain(k), _arrays.plain(v)

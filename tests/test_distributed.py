@@ -256,3 +256,28 @@ def test_mpi_a_failing_rank_ends_the_job(size):
     run = mpi(size, "fail")
     assert run.returncode != 0
     assert "rank out of memory on purpose" in run.stderr
+
+
+# -------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.torch
+def test_gloo(tmp_path):
+    program, root = Path(__file__).with_name("gloo_program.py"), str(Path(la.__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    commands = [[sys.executable, program, str(rank), "2", str(tmp_path / "meet")] for rank in range(2)]
+    pipe = subprocess.PIPE
+    runs = [subprocess.Popen(c, stdout=pipe, stderr=pipe, text=True, env=environment) for c in commands]
+    said = [run.communicate(timeout=SECONDS) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert all(out.endswith("ok") for out, _ in said)
+
+
+@pytest.mark.dask
+def test_dask_takes_heads_a_block_at_a_time(rng):
+    import dask.array as da
+
+    q, k, v = rng.normal(size=(3, 6, 20, 4))
+    blocks = (da.from_array(x, chunks=(2, 20, 4)) for x in (q, k, v))
+    got = da.map_blocks(la.Linear(), *blocks, causal=True, dtype=q.dtype).compute(scheduler="synchronous")
+    assert_close(got, la.Linear()(q, k, v, causal=True))
