@@ -50,5 +50,26 @@ html_theme_options = {
     "footer_end": [],
 }
 html_show_sourcelink = False
+html_sidebars = {"**": []}
 if (HERE / "_static" / "tex-svg.js").exists():  # MathJax 3 from disk, where somebody put it
     mathjax_path = "tex-svg.js"
+
+
+def formulas_stay_as_written(app, what, name, obj, options, lines):
+    """Docstrings are written for a terminal: an indented block is a formula, a bar is an absolute value."""
+    out, previous, literal = [], "", False
+    for line in lines:
+        indented = line.startswith("    ")
+        if literal and line.strip() and not indented:
+            literal = False
+        if indented and not literal and not out[-1:][0].strip() and previous and not previous.startswith((" ", "..")):
+            out += ["::", ""]
+            literal = True
+        out.append(line if literal or ">>>" in line else line.replace("|", "\\|"))
+        previous = line if line.strip() else previous
+    lines[:] = out
+
+
+def setup(app):
+    """Before numpydoc reads the sections."""
+    app.connect("autodoc-process-docstring", formulas_stay_as_written, priority=100)

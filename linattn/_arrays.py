@@ -59,6 +59,11 @@ def is_immutable(x: Array) -> bool:
     return not isinstance(x, np.ndarray) and not compat.is_writeable_array(x)
 
 
+def row_major(x: Array) -> Array:
+    """`x` in C order: the same bits come of it then, however it lay, for a BLAS rounds by layout."""
+    return np.ascontiguousarray(x) if isinstance(x, np.ndarray) and x.ndim else x
+
+
 def is_read_only(x: Array) -> bool:
     return not compat.is_writeable_array(x)
 

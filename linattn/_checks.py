@@ -154,10 +154,13 @@ def segments(cu_seqlens: Any, n_queries: int, n_keys: int) -> list[tuple[int, in
         raise TypeError("`cu_seqlens` must hold readable integers (it decides shapes), got a traced or masked array.")
     if n_queries != n_keys:
         raise ValueError(f"`cu_seqlens` is for self-attention, it needs N == M, got N = {n_queries} and M = {n_keys}.")
+    given = _arrays.to_numpy(cu_seqlens)
+    if given.ndim != 1:
+        raise ValueError(f"`cu_seqlens` must have one axis, from 0 to N = {n_keys}, got shape {given.shape}.")
     try:
-        edges = [operator.index(x) for x in _arrays.to_numpy(cu_seqlens).ravel()]
+        edges = [operator.index(x) for x in given]
     except TypeError:
-        raise TypeError(f"`cu_seqlens` must hold integers, got {cu_seqlens!r}.") from None
+        raise TypeError(f"`cu_seqlens` must hold integers, from 0 to N, got {given.dtype}.") from None
     if not edges or edges[0] != 0 or edges[-1] != n_keys or any(a > b for a, b in pairwise(edges)):
         raise ValueError(f"`cu_seqlens` must rise from 0 to N = {n_keys} (repeats are fine), got {edges}.")
     return list(pairwise(edges))

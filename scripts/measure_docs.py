@@ -15,12 +15,13 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+for variable in ("OPENBLAS_NUM_THREADS", "LINATTN_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 import ml_dtypes
 import numpy as np
@@ -95,47 +96,51 @@ def called(causal: bool) -> str:
 # Each gives a caption, the heads of the columns and the rows. Numbers below `LABELS` columns are measured.
 
 
+N_TOKENS, DIM = 100, 16  # of the Gaussian inputs
+
+
+@cache
+def judged(attend: Any, causal: bool, dtype_name: str) -> tuple[dict[str, list[float]], list[float]]:
+    """Errors of out, d_q, d_k, d_v on each backend, and those of one rounding of the exact answers."""
+    dtype = DTYPES[dtype_name]
+    *args, d_out = draw(0, dtype, *[(N_TOKENS, DIM)] * 4)
+    *wide, wide_d_out = widened([*args, d_out], dtype)
+    want = exact(attend, wide, wide_d_out, causal)
+    errors = {
+        backend: [
+            measure.relative_error(g, w) for g, w in zip(ours(attend, args, d_out, causal, backend), want, strict=True)
+        ]
+        for backend in BACKENDS
+    }
+    return errors, [measure.relative_error(w.astype(dtype), w) for w in want]
+
+
 def errors_of(name: str) -> tuple[str, list[str], list[list[Any]]]:
     """Forward and gradients of a mechanism against its formula."""
-    rows = []
-    n_tokens, dim = 100, 16
-    for attend in ATTENDS[name]:
-        for causal in (False, True):
-            for dtype_name, dtype in DTYPES.items():
-                *args, d_out = draw(0, dtype, *[(n_tokens, dim)] * 4)
-                want = exact(attend, *split(widened([*args, d_out], dtype)), causal)
-                for backend in BACKENDS:
-                    got = ours(attend, args, d_out, causal, backend)
-                    errors = [measure.relative_error(g, w) for g, w in zip(got, want, strict=True)]
-                    rows.append([repr(attend), called(causal), dtype_name, backend, *errors])
+    rows = [
+        [repr(attend), called(causal), dtype_name, backend, *errors]
+        for attend in ATTENDS[name]
+        for causal in (False, True)
+        for dtype_name in DTYPES
+        for backend, errors in judged(attend, causal, dtype_name)[0].items()
+    ]
     caption = (
-        f"Relative error of the output and the gradients against the formula; Gaussian inputs, {n_tokens} tokens, "
-        f"{dim} channels."
+        f"Relative error of the output and the gradients against the formula; Gaussian inputs, {N_TOKENS} tokens, "
+        f"{DIM} channels."
     )
     return caption, ["mechanism", "sees", "dtype", "backend", "out", "d_q", "d_k", "d_v"], rows
-
-
-def split(arrays: list) -> tuple[list, Any]:
-    return arrays[:-1], arrays[-1]
 
 
 def errors() -> tuple[str, list[str], list[list[Any]]]:
     """The largest error of each mechanism, beside that of one rounding of the exact answer."""
     rows = []
-    n_tokens, dim = 100, 16
     for attend in EVERY:
-        for dtype_name, dtype in DTYPES.items():
-            out, grads, rounding = 0.0, 0.0, 0.0
-            for causal in (False, True):
-                *args, d_out = draw(1, dtype, *[(n_tokens, dim)] * 4)
-                want = exact(attend, *split(widened([*args, d_out], dtype)), causal)
-                for backend in BACKENDS:
-                    got = ours(attend, args, d_out, causal, backend)
-                    found = [measure.relative_error(g, w) for g, w in zip(got, want, strict=True)]
-                    out, grads = max(out, found[0]), max(grads, *found[1:])
-                rounding = max(rounding, *(measure.relative_error(w.astype(dtype), w) for w in want))
-            rows.append([repr(attend), dtype_name, out, grads, rounding])
-    caption = "Largest relative error over both backends, causal and not; Gaussian inputs."
+        for dtype_name in DTYPES:
+            both = [judged(attend, causal, dtype_name) for causal in (False, True)]
+            found = np.array([errors for by_backend, _ in both for errors in by_backend.values()])  # (..., 4)
+            rounding = np.max([rounded for _, rounded in both])
+            rows.append([repr(attend), dtype_name, *map(float, (np.max(found[:, 0]), np.max(found[:, 1:]), rounding))])
+    caption = f"Largest relative error over both backends, causal and not; Gaussian inputs, {N_TOKENS} tokens."
     return caption, ["mechanism", "dtype", "out", "d_q, d_k, d_v", "one rounding"], rows
 
 
@@ -252,12 +257,12 @@ def turned(q: np.ndarray, k: np.ndarray) -> np.ndarray:
 def centring() -> tuple[str, list[str], list[list[Any]]]:
     """Gradients when all values share an offset."""
     rows = []
-    n_tokens, dim = 100, 16
     attend = la.Linear("elu1")
     for offset in (0, 100, 10_000):
-        q, k, v, d_out = draw(0, np.dtype("float32"), *[(n_tokens, dim)] * 4)
+        q, k, v, d_out = draw(0, np.dtype("float32"), *[(N_TOKENS, DIM)] * 4)
         v = v + np.float32(offset)
-        want = exact(attend, *split(widened([q, k, v, d_out], v.dtype)), True)
+        *wide, wide_d_out = widened([q, k, v, d_out], v.dtype)
+        want = exact(attend, wide, wide_d_out, True)
         plain = uncentred(q, k, v, d_out)
         got = ours(attend, [q, k, v], d_out, True, "numba")
         found = [measure.relative_error(x, w) for pair in (plain, got[1:3]) for x, w in zip(pair, want[1:3])]

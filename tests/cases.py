@@ -129,7 +129,7 @@ VALUES = [
     la.Linear("relu", eps=("add", 0.5)),
     la.CosFormer(LENGTH),
     la.CosFormer(LENGTH, feature_map="elu1", normalize=False),
-    la.CosFormer(16, feature_map=BOTH_SIDES, eps=("clamp", 100.0)),
+    la.CosFormer(200, feature_map=BOTH_SIDES, eps=("clamp", 100.0)),
     la.CosFormer(LENGTH, eps=("add", 0.5)),
     la.CosFormer(),
     la.CosFormer(align="stretch"),

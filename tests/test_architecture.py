@@ -64,7 +64,8 @@ def test_version_is_that_of_the_metadata():
 
 def rooms():
     """(backend, engine) of every room but the reference."""
-    files = [f for f in sorted((PACKAGE / "backends").glob("*/*.py")) if not f.stem.startswith("_")]
+    engines = {file.stem for file in (PACKAGE / "backends" / "reference").glob("[!_]*.py")}
+    files = [file for file in sorted((PACKAGE / "backends").glob("*/*.py")) if file.stem in engines]
     return [(file.parent.name, file.stem) for file in files if file.parent.name != "reference"]
 
 

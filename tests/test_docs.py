@@ -59,7 +59,8 @@ def apply(steps, folder):
         content = path.read_text(encoding="utf-8")
         (at,) = re.finditer(rf"^{re.escape(line)}.*\n", content, flags=re.MULTILINE)
         cut = at.start() if where == "before" else at.end()
-        path.write_text(content[:cut] + code + content[cut:], encoding="utf-8")
+        gap = "\n\n" if where == "before" else ""
+        path.write_text(content[:cut] + code + gap + content[cut:], encoding="utf-8")
 
 
 def test_a_feature_map_in_six_steps(tmp_path):

@@ -101,9 +101,7 @@ def test_weights_are_the_sums_written_out(name, parameters, causal, rng):
         want = np.zeros((n, m))
         for t in range(n):
             row = [
-                SIMILARITIES[name](
-                    [list(map(mpmath.mpf, x)) for x in q], k.tolist(), t, s, n, m, **parameters
-                )
+                SIMILARITIES[name]([list(map(mpmath.mpf, x)) for x in q], k.tolist(), t, s, n, m, **parameters)
                 if seen[s] and (s <= t or not causal)
                 else mpmath.mpf(0)
                 for s in range(m)
@@ -122,9 +120,7 @@ def test_weights_are_the_sums_written_out(name, parameters, causal, rng):
     np.testing.assert_allclose(out, want @ np.where(seen[:, None], v, 0), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    "length, p, want", [(1, 0, 1), (1, 1, 0), (2, 1, 0.5**0.5), (3, 1, 0.75**0.5), (3, 2, 0.5)]
-)
+@pytest.mark.parametrize("length, p, want", [(1, 0, 1), (1, 1, 0), (2, 1, 0.5**0.5), (3, 1, 0.75**0.5), (3, 2, 0.5)])
 def test_cosine_where_it_is_algebraic(length, p, want):
     assert abs(cosine(np.array(p), length, np.dtype("float64")) - want) <= 3 * 2.0**-53 * want
 
@@ -190,14 +186,10 @@ def test_positions_move_together(rng):
     p = np.arange(9.0)
     want = FORMULAS["CosFormer"](q, k, v, length=30)
     for given in (p, p + 11, (p + 3, p + 3), np.stack([p, p + 1])):
-        np.testing.assert_allclose(
-            FORMULAS["CosFormer"](q, k, v, length=30, positions=given), want, rtol=1e-13
-        )
+        np.testing.assert_allclose(FORMULAS["CosFormer"](q, k, v, length=30, positions=given), want, rtol=1e-13)
     order = rng.permutation(9)
     x, given = (a[:, order] for a in (q, k, v)), p[order]
-    np.testing.assert_allclose(
-        FORMULAS["CosFormer"](*x, length=30, positions=given), want[:, order], rtol=1e-12
-    )
+    np.testing.assert_allclose(FORMULAS["CosFormer"](*x, length=30, positions=given), want[:, order], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -267,9 +259,7 @@ def test_a_map_of_the_users_own(rng):
 # ------------------------------------------------------------------------------------ the oracle's short cuts
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"causal": True}, {"causal": True, "masked": True}, {"masked": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "masked": True}, {"masked": True}])
 @pytest.mark.parametrize(
     "attend",
     [
@@ -301,9 +291,7 @@ def test_oracle_agrees_with_the_formula(attend, options, rng, monkeypatch):
         assert measure.relative_error(answer.out, want) < 2e-15
         assert measure.relative_error(answer.absolute, absolute) < 2e-15
     some = np.array([150, 3])
-    np.testing.assert_allclose(
-        measure.oracle(attend, q, k, v, rows=some, **options).out, want[:, some], 1e-12
-    )
+    np.testing.assert_allclose(measure.oracle(attend, q, k, v, rows=some, **options).out, want[:, some], 1e-12)
 
 
 def test_oracle_of_packed_and_moved(rng):
@@ -311,9 +299,7 @@ def test_oracle_of_packed_and_moved(rng):
     attend, p = CosFormer(99), rng.uniform(0, 99, size=30)
     for options in ({"cu_seqlens": [0, 7, 30]}, {"positions": p}, {"positions": p, "cu_seqlens": [0, 7, 30]}):
         want = formula_of(attend)(q, k, v, causal=True, **options)
-        np.testing.assert_allclose(
-            measure.oracle(attend, q, k, v, causal=True, **options).out, want, 1e-12, 1e-14
-        )
+        np.testing.assert_allclose(measure.oracle(attend, q, k, v, causal=True, **options).out, want, 1e-12, 1e-14)
 
 
 def test_features_for_every_linear_formula():

@@ -143,7 +143,10 @@ STREAMED = [attend for attend in VALUES if can_be_causal(attend)]
 CUTS = [(0, 4, 5, 11), (0, 0, 7, 11)]  # three parts: a state's cotangent must be handed on
 
 
-@pytest.mark.parametrize("lead", [((2,), (2,), (2,)), ((2, 3), (2, 1), (3,))], ids=str)
+STATE_LEADS = [((2,), (2,), (2,)), ((2, 3), (2, 1), (3,)), ((2, 3), (2, 1), ()), ((), (3, 1), (2,))]
+
+
+@pytest.mark.parametrize("lead", STATE_LEADS, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("attend, backend", values_on_backends([a for a in STREAMED if engine_of(a) == "linear"]))
 def test_cotangents_of_states_from_the_formula(attend, backend, masked, lead, rng):

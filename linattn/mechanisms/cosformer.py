@@ -153,7 +153,7 @@ class CosFormer(FeatureAttention):
         turned afterwards, so nothing is subtracted from it.
         """
         if self.align == "stretch":
-            return tuple(self._table(1, n, max(n, 1), like, call) for n in (n_queries, n_keys))  # type: ignore[return-value]
+            return tuple(self._table(1, n, max(n, 1), like, call) for n in (n_queries, n_keys))
         length = self.length or max(n_queries, n_keys, 1)
         if call.positions is None:
             self._check_last(call.first_position + max(n_queries, n_keys) - 1, length)

@@ -77,7 +77,9 @@ class Softmax(Attention):
             d_k, d_v = d_k + d_arrays.k, d_v + d_arrays.v
         cached = options.offset
         d_state = softmax.SoftmaxState(d_k[..., :cached, :], d_v[..., :cached, :], None)
-        return d_q, d_k[..., cached:, :], d_v[..., cached:, :], d_state
+        if cached:
+            d_k, d_v = d_k[..., cached:, :], d_v[..., cached:, :]
+        return d_q, d_k, d_v, d_state
 
     def _weights(self, q: Array, k: Array, call: Call) -> Array:
         return softmax.weights(q, k, self._options(q, call, 0, call.key_mask), call.xp)

@@ -1,96 +1,90 @@
 """The kernels of the linear engine. Definition: backends/reference/linear.py.
 
 Names. F: rows of a state, n_sums * D features with the turns multiplied in ([cos phi, sin phi] or phi).
-A state is cut into slices of COLS columns; a row of a slice is [S | E], COLS sums and COLS of what their
-rounding owes. Scratch rows are padded with zeros: Fp, Ep are F and E up to whole slices. All arrays are 1-D.
+A state is cut into slices of COLS columns; a row of a slice is [S | E], COLS sums and COLS of what they are owed.
+Scratch rows are padded with zeros: Fp, Ep are F and E up to whole slices.
 
-    table[i]   what one query head reads: columns of `Head`, in elements, sorted by the head of k and v
-    dims       sizes, strides and switches: `Dims`
+    table[i]   what one query head reads: its first elements, sorted by the head of k and v; columns: _layout.py
+    dims       sizes, strides and switches, in the order the kernels unpack them
 """
 
 from __future__ import annotations
 
-from ._jit import helper, reduction
+from ._jit import helper
 from ._layout import ADD, CLAMP, SAFE
-from ._maps import copy_row, map_row, row_power, unmap_row
-from ._tiles import CHUNK, TILE
-from ._vector import advance, denominators, gather, product, retreat, scores, scores_back
+from ._maps import map_rows, row_powers, unmap_rows, unmap_rows_add
+from ._products import PAIRS, advance, pairs, pairs_back, product, product_add, retreat, settle
+from ._rows import (
+    add_later,
+    add_rows,
+    add_seen,
+    centre_rows,
+    clear_rows,
+    collect,
+    collect_weighted,
+    copy_rows,
+    divide_rows,
+    mean_rows,
+    row_dots,
+    scale_rows_add,
+    turn_rows,
+    unturn_rows,
+)
+from ._tiles import CHUNK, SETTLE, TILE
+from ._vector import behind, pointer, select_pointer
 
 __all__ = ["backward_kernel", "forward_kernel", "scratch_size"]
 
 T, NV, ROWS, N_BYTES = TILE.tokens, TILE.vectors, TILE.rows, TILE.n_bytes
 BLOCK = T * ROWS  # a ragged chunk is filled up to whole blocks of either tile
+W_SIZE = CHUNK // T * PAIRS
 
 
 def scratch_size(n_features: int, n_values: int, columns: int) -> int:
     """Numbers of scratch the kernels carve, the larger of both."""
     features, values = (-(-n // columns) * columns for n in (n_features, n_values))
-    return CHUNK * (3 * features + 3 * values + 2 * T + 2) + 4 * features * (values + 1) + values
+    states = 2 * columns * (features // columns * rows_of(n_values) + values // columns * rows_of(n_features))
+    return CHUNK * (3 * features + 3 * values + 5) + states + 4 * features + 2 * values + 2 * W_SIZE
+
+
+@helper
+def rows_of_state(n):
+    """Rows a slice of a state has: whole tiles of matrix products."""
+    return (n + ROWS - 1) // ROWS * ROWS
+
+
+rows_of = rows_of_state.py_func
 
 
 # -- prologues --------------------------------------------------------------------------------------------------
 
 
 @helper
-def clear(x):
-    zero = x.dtype.type(0)
-    for i in range(x.size):
-        x[i] = zero
+def fill_up(count, padded, x):
+    """Zero the rows behind a ragged chunk that blocks and tiles still read."""
+    clear_rows(min(CHUNK, count + BLOCK) - count, padded, x, count * padded, padded)
 
 
 @helper
-def scale_row(x, factor):
-    for i in range(x.size):
-        x[i] *= factor
+def features(x, at, stride, count, D, F, Fp, which, turns, turn_at, turn_stride, phi):
+    """phi[t] = turn[t] (x) map(x[t]) for a chunk."""
+    map_rows(which, count, D, x, at, stride, phi, Fp)
+    if F > D:
+        turn_rows(count, D, turns, turn_at, turn_stride, turns, turn_at + 1, turn_stride,
+                  phi, 0, Fp, phi, 0, Fp, phi, D, Fp)  # fmt: skip
+    fill_up(count, Fp, phi)
 
 
 @helper
-def turn_row(near, far, cosine, sine):
-    """[phi, .] -> [cos phi, sin phi]"""
-    for i in range(near.size):
-        a = near[i]
-        near[i] = cosine * a
-        far[i] = sine * a
-
-
-@helper
-def features(x, at, stride, count, D, F, Fp, which, scaled, turns, turn_at, turn_stride, phi, power):
-    """phi[t] = turn[t] (x) map(x[t]) for a chunk; if `scaled`, times power[t], a power of two."""
-    for t in range(count):
-        row = phi[t * Fp : t * Fp + D]
-        start = at + t * stride
-        map_row(which, x[start : start + D], row)
-        if scaled:
-            power[t] = row_power(row)
-            scale_row(row, power[t])
-        if F > D:
-            p = turn_at + t * turn_stride
-            turn_row(row, phi[t * Fp + D : t * Fp + F], turns[p], turns[p + 1])
-    clear(phi[count * Fp : min(CHUNK, count + BLOCK) * Fp])
-
-
-@helper
-def values(x, at, stride, count, width, padded, out):
-    """A chunk of rows into scratch."""
-    for t in range(count):
-        start = at + t * stride
-        copy_row(x[start : start + width], out[t * padded : t * padded + width])
-    clear(out[count * padded : min(CHUNK, count + BLOCK) * padded])
-
-
-@helper
-def centred_row(x, mu, out):
-    for i in range(out.size):
-        out[i] = x[i] - mu[i]
-
-
-@helper
-def centred_values(x, at, stride, count, width, padded, mu, out):
-    """A chunk of v - mu into scratch."""
-    for t in range(count):
-        start = at + t * stride
-        centred_row(x[start : start + width], mu, out[t * padded : t * padded + width])
-    clear(out[count * padded : min(CHUNK, count + BLOCK) * padded])
+def query_features(x, at, stride, count, D, F, Fp, which, scaled, turns, turn_at, turn_stride, phi, power):
+    """The same, each row scaled by a power of two, which cancels in the ratio."""
+    map_rows(which, count, D, x, at, stride, phi, Fp)
+    if scaled:
+        row_powers(count, D, phi, 0, Fp, power, 0, 1)
+    if F > D:
+        turn_rows(count, D, turns, turn_at, turn_stride, turns, turn_at + 1, turn_stride,
+                  phi, 0, Fp, phi, 0, Fp, phi, D, Fp)  # fmt: skip
+    fill_up(count, Fp, phi)
 
 
 @helper
@@ -98,202 +92,152 @@ def hide(mask, at, stride, count, x, padded):
     """Rows of keys nobody sees are zero: chosen away, not multiplied."""
     for t in range(count):
         if not mask[at + t * stride]:
-            clear(x[t * padded : (t + 1) * padded])
+            clear_rows(1, padded, x, t * padded, padded)
 
 
 # -- the divisor ------------------------------------------------------------------------------------------------
 
 
 @helper
-def divisor(den, mode, eps):
-    """c(den). An infinite den makes NaN: finite numerators over it would be 0, a wrong finite number."""
-    if mode == CLAMP:
-        c = eps if den < eps else den
-    elif mode == ADD:
-        c = den + eps
-    else:
-        c = den
-    return c + (c - c)
+def divisors(den, at, count, mode, eps, c):
+    """c[t] = c(den). An infinite den makes NaN: finite numerators over it would be 0, a wrong finite number."""
+    for t in range(count):
+        d = den[at + t]
+        if mode == CLAMP:
+            d = eps if d < eps else d
+        elif mode == ADD:
+            d = d + eps
+        c[t] = d + (d - d)
 
 
 @helper
-def divided_row(x, c, out):
-    """out = x / c; 0 where nothing is seen."""
-    if c == 0:
-        clear(out)
-    else:
-        for i in range(out.size):
-            out[i] = x[i] / c
-
-
-@reduction
-def dot(x, y):
-    total = x.dtype.type(0)
-    for i in range(x.size):
-        total += x[i] * y[i]
-    return total
+def den_cotangents(dots, den, at, count, mode, eps, shifts, c, h):
+    """h = (-c' D + (g . mu)(1 - c' den / c)) / c with D = phi . dq~ in `dots`, (g / c) . mu in `shifts`."""
+    for t in range(count):
+        if c[t] == 0:
+            h[t] = c[t]
+        elif mode == CLAMP and den[at + t] < eps:
+            h[t] = shifts[t]
+        elif mode == ADD:
+            h[t] = (shifts[t] * eps - dots[t]) / c[t]
+        else:
+            h[t] = -dots[t] / c[t]
 
 
 # -- states -----------------------------------------------------------------------------------------------------
 
 
 @helper
-def load_state(sums, rest, at, F, E, E1, Fp, cols, S, z, e):
-    """S, E of slices from (sums, rest); the last column, if there is one, to z and e."""
-    clear(S)
-    clear(z)
-    clear(e)
-    for f in range(F):
-        for x in range(E):
-            place = (x // cols * Fp + f) * 2 * cols + x % cols
-            S[place] = sums[at + f * E1 + x]
-            S[place + cols] = rest[at + f * E1 + x]
-        if E1 > E:
-            z[f] = sums[at + f * E1 + E]
-            e[f] = rest[at + f * E1 + E]
+def load_state(sums, rest, at, F, E, E1, cols, S, ZE, Fp):
+    """[S | E] of slices from (sums, rest); the last column, if there is one, to z and e."""
+    S_rows = rows_of_state(F)
+    for x in range(0, E, cols):
+        place = x // cols * S_rows * 2 * cols
+        clear_rows(S_rows, 2 * cols, S, place, 2 * cols)
+        copy_rows(F, min(cols, E - x), sums, at + x, E1, S, place, 2 * cols)
+        copy_rows(F, min(cols, E - x), rest, at + x, E1, S, place + cols, 2 * cols)
+    clear_rows(2, Fp, ZE, 0, Fp)
+    if E1 > E:
+        for f in range(F):
+            ZE[f] = sums[at + f * E1 + E]
+            ZE[Fp + f] = rest[at + f * E1 + E]
 
 
 @helper
-def store_state(S, z, e, F, E, E1, Fp, cols, sums, rest, at):
-    for f in range(F):
-        for x in range(E):
-            place = (x // cols * Fp + f) * 2 * cols + x % cols
-            sums[at + f * E1 + x] = S[place]
-            rest[at + f * E1 + x] = S[place + cols]
-        if E1 > E:
-            sums[at + f * E1 + E] = z[f]
-            rest[at + f * E1 + E] = e[f]
+def store_state(S, ZE, F, E, E1, cols, Fp, sums, rest, at):
+    S_rows = rows_of_state(F)
+    for x in range(0, E, cols):
+        place = x // cols * S_rows * 2 * cols
+        copy_rows(F, min(cols, E - x), S, place, 2 * cols, sums, at + x, E1)
+        copy_rows(F, min(cols, E - x), S, place + cols, 2 * cols, rest, at + x, E1)
+    if E1 > E:
+        for f in range(F):
+            sums[at + f * E1 + E] = ZE[f]
+            rest[at + f * E1 + E] = ZE[Fp + f]
 
 
 @helper
-def load_centred(sums, rest, at, F, E, E1, Ep, cols, mu, S, z, e):
+def load_centred(sums, rest, at, F, E, E1, cols, mu, S, ZE, Fp):
     """The state's transpose with centred values, S_num^T - mu S_den: rows E, columns F."""
-    clear(S)
-    clear(z)
-    clear(e)
-    zero = S.dtype.type(0)
+    S_rows = rows_of_state(E)
+    clear_rows(Fp // cols * S_rows, 2 * cols, S, 0, 2 * cols)
+    clear_rows(2, Fp, ZE, 0, Fp)
     for f in range(F):
-        den = zero
+        place, start = f // cols * S_rows * 2 * cols + f % cols, at + f * E1
         if E1 > E:
-            z[f] = sums[at + f * E1 + E]
-            e[f] = rest[at + f * E1 + E]
-            den = z[f] + e[f]
+            ZE[f] = sums[start + E]
+            ZE[Fp + f] = rest[start + E]
+        den = ZE[f] + ZE[Fp + f]
         for x in range(E):
-            place = (f // cols * Ep + x) * 2 * cols + f % cols
-            S[place] = (sums[at + f * E1 + x] - den * mu[x]) + rest[at + f * E1 + x]
+            S[place + x * 2 * cols] = (sums[start + x] - den * mu[x]) + rest[start + x]
 
 
 @helper
-def transpose_state(S, F, E, Fp, Ep, cols, out):
+def transpose_state(S, F, E, Fp, cols, out):
     """rows F, columns E -> rows E, columns F"""
-    clear(out)
+    S_rows, out_rows = rows_of_state(F), rows_of_state(E)
+    clear_rows(Fp // cols * out_rows, 2 * cols, out, 0, 2 * cols)
     for f in range(F):
+        there = f // cols * out_rows * 2 * cols + f % cols
         for x in range(E):
-            here, there = (x // cols * Fp + f) * 2 * cols + x % cols, (f // cols * Ep + x) * 2 * cols + f % cols
-            out[there] = S[here]
-            out[there + cols] = S[here + cols]
+            here = (x // cols * S_rows + f) * 2 * cols + x % cols
+            out[there + x * 2 * cols] = S[here]
+            out[there + x * 2 * cols + cols] = S[here + cols]
 
 
 @helper
-def load_cotangent(d_state, given, at, F, E, E1, Fp, cols, mu, X, r, e):
+def load_cotangent(d_state, given, at, F, E, E1, Ep, cols, mu, X, ZE, Fp):
     """X from the cotangent of the outgoing state; r = X_den + X_num mu."""
-    clear(X)
-    clear(r)
-    clear(e)
-    if not given:
-        return
-    for f in range(F):
-        lost = r.dtype.type(0)
-        for x in range(E):
-            value = d_state[at + f * E1 + x]
-            X[(x // cols * Fp + f) * 2 * cols + x % cols] = value
-            lost += value * mu[x]
+    X_rows = rows_of_state(F)
+    clear_rows(Ep // cols * X_rows, 2 * cols, X, 0, 2 * cols)
+    clear_rows(2, Fp, ZE, 0, Fp)
+    if given:
+        for x in range(0, E, cols):
+            copy_rows(F, min(cols, E - x), d_state, at + x, E1, X, x // cols * X_rows * 2 * cols, 2 * cols)
         if E1 > E:
-            r[f] = d_state[at + f * E1 + E] + lost
+            for f in range(F):
+                total = d_state[at + f * E1 + E]
+                for x in range(E):
+                    total += d_state[at + f * E1 + x] * mu[x]
+                ZE[f] = total
 
 
 @helper
-def add_cotangent(X, r, F, E, E1, Fp, cols, mu, d_state, at, first):
+def store_cotangent(X, ZE, F, E, E1, cols, Fp, mu, d_state, at, add):
     """The cotangent of the incoming state: X, its last column r - X_num mu; later heads of a group add."""
-    for f in range(F):
-        lost = r.dtype.type(0)
-        for x in range(E):
-            value = X[(x // cols * Fp + f) * 2 * cols + x % cols]
-            lost += value * mu[x]
-            p = at + f * E1 + x
-            d_state[p] = value if first else d_state[p] + value
-        if E1 > E:
-            p = at + f * E1 + E
-            d_state[p] = r[f] - lost if first else d_state[p] + (r[f] - lost)
-
-
-@helper
-def add_rows(x, count, padded, z, e):
-    """z + e += the sum of a chunk's rows: one Kahan step."""
-    for t in range(count):
-        row = x[t * padded : (t + 1) * padded]
-        for i in range(e.size):
-            e[i] += row[i]
-    for i in range(e.size):
-        owed, now = e[i], z[i]
-        new = now + owed
-        z[i] = new
-        e[i] = owed - (new - now)
-
-
-@helper
-def add_row(row, factor, z, e):
-    """z + e += factor row: one Kahan step."""
-    for i in range(row.size):
-        owed, now = factor * row[i] + e[i], z[i]
-        new = now + owed
-        z[i] = new
-        e[i] = owed - (new - now)
-
-
-@helper
-def add_scaled(x, factor, out):
-    for i in range(out.size):
-        out[i] += factor * x[i]
-
-
-@helper
-def visible_mean(v, at, stride, M, E, mask, mask_at, mask_stride, masked, mu):
-    """The mean over visible, finite values; any finite number would do. Terms are scaled first: no overflow."""
-    one = mu.dtype.type(1)
-    for x in range(E):
-        mu[x] = 0
-    seen = 0
-    for s in range(M):
-        if not masked or mask[mask_at + s * mask_stride]:
-            seen += 1
-    if seen == 0:
-        return
-    share = one / mu.dtype.type(seen)
-    for s in range(M):
-        if not masked or mask[mask_at + s * mask_stride]:
-            start = at + s * stride
-            row = v[start : start + E]
-            for x in range(E):
-                a = row[x] * share
-                mu[x] += a if a - a == 0 else mu.dtype.type(0)
-
-
-@helper
-def unturn_row(near, far, cosine, sine):
-    """d_phi = cos d_near + sin d_far, into near"""
-    for i in range(near.size):
-        near[i] = cosine * near[i] + sine * far[i]
-
-
-@helper
-def deliver_row(row, out, add):
+    X_rows = rows_of_state(F)
     if add:
-        for i in range(out.size):
-            out[i] += row[i]
+        for x in range(0, E, cols):
+            place, width = x // cols * X_rows * 2 * cols, min(cols, E - x)
+            add_rows(F, width, X, place, 2 * cols, d_state, at + x, E1, d_state, at + x, E1)
     else:
-        for i in range(out.size):
-            out[i] = row[i]
+        for x in range(0, E, cols):
+            place, width = x // cols * X_rows * 2 * cols, min(cols, E - x)
+            copy_rows(F, width, X, place, 2 * cols, d_state, at + x, E1)
+    if E1 > E:
+        for f in range(F):
+            total = ZE[f]
+            for x in range(E):
+                total -= X[(x // cols * X_rows + f) * 2 * cols + x % cols] * mu[x]
+            p = at + f * E1 + E
+            d_state[p] = d_state[p] + total if add else total
+
+
+@helper
+def visible_mean(v, at, stride, M, E, mask, mask_at, mask_stride, masked, share, mu):
+    """The mean over visible, finite values; any finite number would do. `share` has room for a chunk."""
+    clear_rows(1, E, mu, 0, E)
+    seen = M
+    if masked:
+        seen = 0
+        for s in range(M):
+            seen += mask[mask_at + s * mask_stride]
+    part = 1.0 / max(seen, 1)
+    for b in range(0, M, CHUNK):
+        count = min(CHUNK, M - b)
+        for s in range(count):
+            share[s] = part if not masked or mask[mask_at + (b + s) * mask_stride] else 0.0
+        mean_rows(count, E, share, 0, 1, v, at + b * stride, stride, mu, 0, 0, mu, 0, 0)
 
 
 # -- forward ----------------------------------------------------------------------------------------------------
@@ -303,7 +247,8 @@ def forward_kernel(salt):
     """The kernel with the salt of its cache key in its closure."""
 
     def linear_forward(
-        q, k, v, mask, turn_q, turn_k, sums, rest, out, den, new_sums, new_rest, work, table, dims, eps, first, last
+        q_array, k_array, v_array, mask, turn_q_array, turn_k_array, sums_array, rest_array,
+        out_array, den, new_sums_array, new_rest_array, work_array, table, dims, eps, first, last,
     ):  # fmt: skip
         """Heads first <= i < last: out, den, and the state after all keys.
 
@@ -314,97 +259,99 @@ def forward_kernel(salt):
         N, M, D, E, F, E1 = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5]
         q_stride, k_stride, v_stride, mask_stride = dims[6], dims[7], dims[8], dims[9]
         turn_q_stride, turn_k_stride = dims[10], dims[11]
-        which, causal, normalize, mode, masked = dims[13], dims[14], dims[15], dims[16], dims[17]
-        eps = work.dtype.type(eps)
-        scaled = normalize == 1 and mode == SAFE
-        cols = NV * (N_BYTES // work.itemsize)
-        Fp, Ep = -(-F // cols) * cols, -(-E // cols) * cols
+        which, causal, normalize, mode, masked = dims[13], dims[14] == 1, dims[15] == 1, dims[16], dims[17] == 1
+        eps = work_array.dtype.type(eps)
+        scaled = normalize and mode == SAFE
+        cols = NV * (N_BYTES // work_array.itemsize)
+        Fp, slices = (F + cols - 1) // cols * cols, (E + cols - 1) // cols
+        Ep, S_rows = slices * cols, rows_of_state(F)
+        S_step = S_rows * 2 * cols
 
-        at = 0
-        Q = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        K = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        V = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        Y = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        S = work[at : at + 2 * Fp * Ep]
-        at += 2 * Fp * Ep
-        z = work[at : at + Fp]
-        at += Fp
-        e = work[at : at + Fp]
-        at += Fp
-        W = work[at : at + CHUNK * T]
-        at += CHUNK * T
-        d = work[at : at + CHUNK]
-        at += CHUNK
-        power = work[at : at + CHUNK]
-        clear(Q)
-        clear(K)
-        clear(V)
+        q, k, v, out = pointer(q_array), pointer(k_array), pointer(v_array), pointer(out_array)
+        turn_q, turn_k = pointer(turn_q_array), pointer(turn_k_array)
+        sums, rest = pointer(sums_array), pointer(rest_array)
+        new_sums, new_rest = pointer(new_sums_array), pointer(new_rest_array)
+        Q = pointer(work_array)
+        K = behind(Q, CHUNK * Fp)
+        V = behind(K, CHUNK * Fp)
+        Y = behind(V, CHUNK * Ep)
+        d = behind(Y, CHUNK * Ep)
+        c_of = behind(d, CHUNK)
+        power = behind(c_of, CHUNK)
+        W = behind(power, CHUNK)
+        ZE = behind(W, W_SIZE)
+        S = behind(ZE, 2 * Fp)
+        clear_rows(2 * CHUNK, Fp, Q, 0, Fp)
+        clear_rows(CHUNK, Ep, V, 0, Ep)
 
         for i in range(first, last):
-            j, h = table[i, 0], table[i, 1]
+            j, head = table[i, 0], table[i, 1]
             q_at, k_at, v_at, mask_at = table[i, 2], table[i, 5], table[i, 6], table[i, 7]
             turn_q_at, turn_k_at = table[i, 3], table[i, 8]
             same = i > first and table[i - 1, 0] == j  # another query head of the same keys
-            if causal == 1 or not same:
-                load_state(sums, rest, j * F * E1, F, E, E1, Fp, cols, S, z, e)
+            if causal or not same:
+                load_state(sums, rest, j * F * E1, F, E, E1, cols, S, ZE, Fp)
 
-            if causal == 0 and not same:
+            if not causal and not same:
                 for c in range(0, M, CHUNK):
                     n = min(CHUNK, M - c)
-                    features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which, False,
-                             turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K, power)  # fmt: skip
-                    values(v, v_at + c * v_stride, v_stride, n, E, Ep, V)
-                    if masked == 1:
+                    features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which,
+                             turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K)  # fmt: skip
+                    copy_rows(n, E, v, v_at + c * v_stride, v_stride, V, 0, Ep)
+                    if masked:
                         hide(mask, mask_at + c * mask_stride, mask_stride, n, K, Fp)
                         hide(mask, mask_at + c * mask_stride, mask_stride, n, V, Ep)
-                    if normalize == 1:
-                        add_rows(K, n, Fp, z, e)
-                    for x in range(0, Ep, cols):
-                        for f in range(0, Fp, ROWS):
-                            gather(K, f, Fp, V, x, Ep, n, S, (x // cols * Fp + f) * 2 * cols, 2 * cols)
+                    if normalize:
+                        collect(n, Fp, K, 0, Fp, ZE, 0, Fp, d, 0, 1)
+                    product_add(n, 1, S_rows, slices, cols, S_step, K, 0, Fp, V, 0, Ep, S, cols, 2 * cols)
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(slices * S_rows, NV, S, 0, 2 * cols)
+                        settle(1, Fp // cols * NV, ZE, 0, 0)
+                settle(slices * S_rows, NV, S, 0, 2 * cols)
+                settle(1, Fp // cols * NV, ZE, 0, 0)
 
             for c in range(0, N, CHUNK):
                 n = min(CHUNK, N - c)
-                features(q, q_at + c * q_stride, q_stride, n, D, F, Fp, which, scaled,
-                         turn_q, turn_q_at + c * turn_q_stride, turn_q_stride, Q, power)  # fmt: skip
-                if causal == 1:
-                    features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which, False,
-                             turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K, power)  # fmt: skip
-                    values(v, v_at + c * v_stride, v_stride, n, E, Ep, V)
-                    if masked == 1:
+                query_features(q, q_at + c * q_stride, q_stride, n, D, F, Fp, which, scaled,
+                               turn_q, turn_q_at + c * turn_q_stride, turn_q_stride, Q, power)  # fmt: skip
+                if causal:
+                    features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which,
+                             turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K)  # fmt: skip
+                    direct = not masked and n == CHUNK and Ep == E
+                    if not direct:
+                        copy_rows(n, E, v, v_at + c * v_stride, v_stride, V, 0, Ep)
+                        fill_up(n, Ep, V)
+                    if masked:
                         hide(mask, mask_at + c * mask_stride, mask_stride, n, K, Fp)
                         hide(mask, mask_at + c * mask_stride, mask_stride, n, V, Ep)
-                    for t in range(0, n, T):
-                        scores(Q, t * Fp, Fp, K, t * Fp, Fp, Fp, W, t * T)
-                        if normalize == 1:
-                            denominators(Q, t * Fp, Fp, K, t * Fp, Fp, Fp, z, e, W, t * T, d, t)
-                    for x in range(0, Ep, cols):
-                        for t in range(0, n, T):
-                            advance(Q, t * Fp, Fp, K, t * Fp, Fp, V, t * Ep + x, Ep,
-                                    S, x * Fp * 2, 2 * cols, F, W, t * T, Y, t * Ep + x, Ep)  # fmt: skip
+                    values = select_pointer(direct, v, V)
+                    values_at, values_stride = (v_at + c * v_stride, v_stride) if direct else (0, Ep)
+                    pairs(n, Fp, normalize, Q, 0, Fp, K, 0, Fp, ZE, 0, Fp, W, 0, 0, d, 0, 1)
+                    advance(n, slices, F, S_step, Q, 0, Fp, K, 0, Fp, values, values_at, values_stride,
+                            S, 0, 2 * cols, W, 0, 0, Y, 0, Ep,
+                            q, q_at + (c + CHUNK) * q_stride, q_stride, k, k_at + (c + CHUNK) * k_stride, k_stride,
+                            v, v_at + (c + CHUNK) * v_stride, v_stride)  # fmt: skip
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(slices * S_rows, NV, S, 0, 2 * cols)
+                        settle(1, Fp // cols * NV, ZE, 0, 0)
                 else:
-                    if normalize == 1:
-                        for t in range(n):
-                            d[t] = dot(Q[t * Fp : (t + 1) * Fp], z)
-                    for x in range(0, Ep, cols):
-                        for t in range(0, n, ROWS):
-                            product(Q, t * Fp, Fp, 1, S, x * Fp * 2, 2 * cols, F, Y, t * Ep + x, Ep)
+                    if normalize:
+                        row_dots(n, Fp, Q, 0, Fp, ZE, 0, 0, d, 0, 1)
+                    product(F, Fp, n, slices, S_step, cols, Q, 0, 1, S, 0, 2 * cols, Y, 0, Ep)
 
-                for t in range(n):
-                    p = (h * N + c + t) * E
-                    y, row = Y[t * Ep : t * Ep + E], out[p : p + E]
-                    if normalize == 1:
-                        den[h * N + c + t] = d[t]
-                        divided_row(y, divisor(d[t], mode, eps), row)
-                    else:
-                        copy_row(y, row)
+                p = head * N + c
+                if normalize:
+                    for t in range(n):
+                        den[p + t] = d[t]
+                    divisors(d, 0, n, mode, eps, c_of)
+                    divide_rows(n, E, c_of, 0, 1, Y, 0, Ep, out, p * E, E)
+                else:
+                    copy_rows(n, E, Y, 0, Ep, out, p * E, E)
 
             if not same:
-                store_state(S, z, e, F, E, E1, Fp, cols, new_sums, new_rest, j * F * E1)
+                settle(slices * S_rows, NV, S, 0, 2 * cols)
+                settle(1, Fp // cols * NV, ZE, 0, 0)
+                store_state(S, ZE, F, E, E1, cols, Fp, new_sums, new_rest, j * F * E1)
 
     return linear_forward
 
@@ -412,41 +359,13 @@ def forward_kernel(salt):
 # -- backward ---------------------------------------------------------------------------------------------------
 
 
-@helper
-def cotangents(d_out, at, stride, count, E, Ep, den, den_at, normalize, mode, eps, G):
-    """G = d_out / c, 0 where den is 0: a chunk of rows into scratch."""
-    for t in range(count):
-        start = at + t * stride
-        row, g = d_out[start : start + E], G[t * Ep : t * Ep + E]
-        if normalize == 1:
-            divided_row(row, divisor(den[den_at + t], mode, eps), g)
-        else:
-            copy_row(row, g)
-    clear(G[count * Ep : min(CHUNK, count + BLOCK) * Ep])
-
-
-@helper
-def den_cotangent(phi, d_phi, g, mu, den, mode, eps):
-    """G_den = (-c' D + (g . mu)(1 - c' den / c)) / c,   D = phi . dq~;   g is d_out / c already."""
-    c = divisor(den, mode, eps)
-    if c == 0:
-        return c
-    D = dot(phi, d_phi)
-    if mode == SAFE:
-        return -D / c
-    if mode == ADD:
-        return (dot(g, mu) * eps - D) / c
-    if den < eps:
-        return dot(g, mu)
-    return -D / c
-
-
 def backward_kernel(salt):
     """The kernel with the salt of its cache key in its closure."""
 
     def linear_backward(
-        d_out, d_state, q, k, v, mask, turn_q, turn_k, sums, rest, den,
-        d_q, d_k, d_v, d_before, work, h, table, dims, eps, first, last,
+        d_out_array, d_state_array, q_array, k_array, v_array, mask, turn_q_array, turn_k_array,
+        sums_array, rest_array, den, d_q_array, d_k_array, d_v_array, d_before_array,
+        work_array, h_array, table, dims, eps, first, last,
     ):  # fmt: skip
         """Heads first <= i < last: the lines of `linear_forward`, last line first; vc = v - mu, G = d_out / c.
 
@@ -459,50 +378,44 @@ def backward_kernel(salt):
         N, M, D, E, F, E1 = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5]
         q_stride, k_stride, v_stride, mask_stride = dims[6], dims[7], dims[8], dims[9]
         turn_q_stride, turn_k_stride, g_stride = dims[10], dims[11], dims[12]
-        which, causal, normalize, mode, masked = dims[13], dims[14], dims[15], dims[16], dims[17]
+        which, causal, normalize, mode, masked = dims[13], dims[14] == 1, dims[15] == 1, dims[16], dims[17] == 1
         d_state_given = dims[18] == 1
-        eps = work.dtype.type(eps)
-        one = work.dtype.type(1)
-        scaled = normalize == 1 and mode == SAFE
-        cols = NV * (N_BYTES // work.itemsize)
-        Fp, Ep = -(-F // cols) * cols, -(-E // cols) * cols
+        eps = work_array.dtype.type(eps)
+        one = work_array.dtype.type(1)
+        scaled = normalize and mode == SAFE
+        cols = NV * (N_BYTES // work_array.itemsize)
+        S_slices, X_slices = (F + cols - 1) // cols, (E + cols - 1) // cols
+        Fp, Ep, S_rows, X_rows = S_slices * cols, X_slices * cols, rows_of_state(E), rows_of_state(F)
+        S_step, X_step = S_rows * 2 * cols, X_rows * 2 * cols
 
-        at = 0
-        Q = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        K = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        Y = work[at : at + CHUNK * Fp]
-        at += CHUNK * Fp
-        V = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        G = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        U = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        S = work[at : at + 2 * Fp * Ep]
-        at += 2 * Fp * Ep
-        X = work[at : at + 2 * Fp * Ep]
-        at += 2 * Fp * Ep
-        z = work[at : at + Fp]
-        at += Fp
-        e = work[at : at + Fp]
-        at += Fp
-        r = work[at : at + Fp]
-        at += Fp
-        r_rest = work[at : at + Fp]
-        at += Fp
-        mu = work[at : at + E]
-        at += E
-        W = work[at : at + CHUNK * T]
-        at += CHUNK * T
-        W2 = work[at : at + CHUNK * T]
-        at += CHUNK * T
-        power = work[at : at + CHUNK]
-        clear(Q)
-        clear(K)
-        clear(V)
-        clear(G)
+        d_out, d_state = pointer(d_out_array), pointer(d_state_array)
+        q, k, v = pointer(q_array), pointer(k_array), pointer(v_array)
+        turn_q, turn_k = pointer(turn_q_array), pointer(turn_k_array)
+        sums, rest = pointer(sums_array), pointer(rest_array)
+        d_q, d_k, d_v = pointer(d_q_array), pointer(d_k_array), pointer(d_v_array)
+        d_before, h = pointer(d_before_array), pointer(h_array)
+        Q = pointer(work_array)
+        K = behind(Q, CHUNK * Fp)
+        Y = behind(K, CHUNK * Fp)
+        V = behind(Y, CHUNK * Fp)
+        G = behind(V, CHUNK * Ep)
+        U = behind(G, CHUNK * Ep)
+        c_of = behind(U, CHUNK * Ep)
+        power = behind(c_of, CHUNK)
+        dots = behind(power, CHUNK)
+        shifts = behind(dots, CHUNK)
+        unit = behind(shifts, CHUNK)
+        W = behind(unit, CHUNK)
+        W2 = behind(W, W_SIZE)
+        ZE = behind(W2, W_SIZE)
+        RE = behind(ZE, 2 * Fp)
+        mu = behind(RE, 2 * Fp)
+        S = behind(mu, Ep)
+        X = behind(S, Fp // cols * S_rows * 2 * cols)
+        clear_rows(2 * CHUNK, Fp, Q, 0, Fp)
+        clear_rows(2 * CHUNK, Ep, V, 0, Ep)
+        clear_rows(1, Ep, mu, 0, Ep)
+        unit[0] = one
 
         for i in range(first, last):
             j, head = table[i, 0], table[i, 1]
@@ -510,130 +423,140 @@ def backward_kernel(salt):
             turn_q_at, turn_k_at, g_at = table[i, 3], table[i, 8], table[i, 4]
             same = i > first and table[i - 1, 0] == j  # another query head of the same keys: its d_k, d_v add
             state_at, den_at = j * F * E1, head * N
-            if not same:
-                if normalize == 1:
-                    visible_mean(v, v_at, v_stride, M, E, mask, mask_at, mask_stride, masked == 1, mu)
-                else:
-                    clear(mu)
-
-            load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Fp, cols, mu, X, r, r_rest)
+            if normalize and not same:
+                visible_mean(v, v_at, v_stride, M, E, mask, mask_at, mask_stride, masked, dots, mu)
+            load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Ep, cols, mu, X, RE, Fp)
 
             # sweep 1, forward in time: d_q and h
-            load_centred(sums, rest, state_at, F, E, E1, Ep, cols, mu, S, z, e)
-            if causal == 0:
+            load_centred(sums, rest, state_at, F, E, E1, cols, mu, S, ZE, Fp)
+            if not causal:
                 for c in range(0, M, CHUNK):
                     n = min(CHUNK, M - c)
-                    features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which, False,
-                             turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K, power)  # fmt: skip
-                    centred_values(v, v_at + c * v_stride, v_stride, n, E, Ep, mu, V)
-                    if masked == 1:
+                    features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which,
+                             turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K)  # fmt: skip
+                    centre_rows(n, E, v, v_at + c * v_stride, v_stride, mu, 0, 0, V, 0, Ep)
+                    if masked:
                         hide(mask, mask_at + c * mask_stride, mask_stride, n, K, Fp)
                         hide(mask, mask_at + c * mask_stride, mask_stride, n, V, Ep)
-                    if normalize == 1:
-                        add_rows(K, n, Fp, z, e)
-                    for f in range(0, Fp, cols):
-                        for x in range(0, Ep, ROWS):
-                            gather(V, x, Ep, K, f, Fp, n, S, (f // cols * Ep + x) * 2 * cols, 2 * cols)
+                    if normalize:
+                        collect(n, Fp, K, 0, Fp, ZE, 0, Fp, dots, 0, 1)
+                    product_add(n, 1, S_rows, S_slices, cols, S_step, V, 0, Ep, K, 0, Fp, S, cols, 2 * cols)
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(S_slices * S_rows, NV, S, 0, 2 * cols)
+                        settle(1, S_slices * NV, ZE, 0, 0)
+                settle(S_slices * S_rows, NV, S, 0, 2 * cols)
+                settle(1, S_slices * NV, ZE, 0, 0)
 
             for c in range(0, N, CHUNK):
                 n = min(CHUNK, N - c)
-                cotangents(d_out, g_at + c * g_stride, g_stride, n, E, Ep, den, den_at + c, normalize, mode, eps, G)
-                features(q, q_at + c * q_stride, q_stride, n, D, F, Fp, which, scaled,
-                         turn_q, turn_q_at + c * turn_q_stride, turn_q_stride, Q, power)  # fmt: skip
-                if causal == 1:
-                    features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which, False,
-                             turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K, power)  # fmt: skip
-                    centred_values(v, v_at + c * v_stride, v_stride, n, E, Ep, mu, V)
-                    if masked == 1:
+                if normalize:
+                    divisors(den, den_at + c, n, mode, eps, c_of)
+                    divide_rows(n, E, c_of, 0, 1, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
+                else:
+                    copy_rows(n, E, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
+                fill_up(n, Ep, G)
+                query_features(q, q_at + c * q_stride, q_stride, n, D, F, Fp, which, scaled,
+                               turn_q, turn_q_at + c * turn_q_stride, turn_q_stride, Q, power)  # fmt: skip
+                if causal:
+                    features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which,
+                             turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K)  # fmt: skip
+                    centre_rows(n, E, v, v_at + c * v_stride, v_stride, mu, 0, 0, V, 0, Ep)
+                    fill_up(n, Ep, V)
+                    if masked:
                         hide(mask, mask_at + c * mask_stride, mask_stride, n, K, Fp)
                         hide(mask, mask_at + c * mask_stride, mask_stride, n, V, Ep)
-                    for t in range(0, n, T):
-                        scores(G, t * Ep, Ep, V, t * Ep, Ep, Ep, W, t * T)
-                    for f in range(0, Fp, cols):
-                        for t in range(0, n, T):
-                            advance(G, t * Ep, Ep, V, t * Ep, Ep, K, t * Fp + f, Fp,
-                                    S, f * Ep * 2, 2 * cols, E, W, t * T, Y, t * Fp + f, Fp)  # fmt: skip
+                    pairs(n, Ep, False, G, 0, Ep, V, 0, Ep, ZE, 0, Fp, W, 0, 0, dots, 0, 1)
+                    p = c + CHUNK
+                    advance(n, S_slices, E, S_step, G, 0, Ep, V, 0, Ep, K, 0, Fp, S, 0, 2 * cols, W, 0, 0, Y, 0, Fp,
+                            q, q_at + p * q_stride, q_stride, k, k_at + p * k_stride, k_stride,
+                            v, v_at + p * v_stride, v_stride, d_out, g_at + p * g_stride, g_stride)  # fmt: skip
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(S_slices * S_rows, NV, S, 0, 2 * cols)
                 else:
-                    for f in range(0, Fp, cols):
-                        for t in range(0, n, ROWS):
-                            product(G, t * Ep, Ep, 1, S, f * Ep * 2, 2 * cols, E, Y, t * Fp + f, Fp)
-                for t in range(n):
-                    y, phi = Y[t * Fp : (t + 1) * Fp], Q[t * Fp : (t + 1) * Fp]
-                    if normalize == 1:
-                        g = G[t * Ep : t * Ep + E]
-                        h[c + t] = den_cotangent(phi, y, g, mu, den[den_at + c + t], mode, eps)
-                        if causal == 1:
-                            add_row(K[t * Fp : (t + 1) * Fp], one, z, e)
-                        else:
-                            add_row(phi, h[c + t], r, r_rest)
-                        add_scaled(z, h[c + t], y)
-                    near = y[:D]
-                    if F > D:
-                        p = turn_q_at + (c + t) * turn_q_stride
-                        unturn_row(near, y[D:F], turn_q[p], turn_q[p + 1])
-                    if scaled:
-                        scale_row(near, power[t])
-                    p = q_at + (c + t) * q_stride
-                    unmap_row(which, q[p : p + D], near)
-                    p = (den_at + c + t) * D
-                    deliver_row(near, d_q[p : p + D], False)
-                if causal == 0:
-                    for x in range(0, Ep, cols):
-                        for f in range(0, Fp, ROWS):
-                            gather(Q, f, Fp, G, x, Ep, n, X, (x // cols * Fp + f) * 2 * cols, 2 * cols)
+                    product(E, Ep, n, S_slices, S_step, cols, G, 0, 1, S, 0, 2 * cols, Y, 0, Fp)
+                if normalize:
+                    row_dots(n, Fp, Q, 0, Fp, Y, 0, Fp, dots, 0, 1)
+                    if mode != SAFE:
+                        row_dots(n, Ep, G, 0, Ep, mu, 0, 0, shifts, 0, 1)
+                    den_cotangents(dots, den, den_at + c, n, mode, eps, shifts, c_of, behind(h, c))
+                    if causal:
+                        add_seen(n, Fp, K, 0, Fp, ZE, 0, Fp, h, c, 1, Y, 0, Fp)
+                        if (c + CHUNK) % SETTLE == 0:
+                            settle(1, S_slices * NV, ZE, 0, 0)
+                    else:
+                        collect_weighted(n, Fp, Q, 0, Fp, RE, 0, Fp, h, c, 1)
+                        scale_rows_add(n, Fp, h, c, 1, ZE, 0, 0, Y, 0, Fp, Y, 0, Fp)
+                if F > D:
+                    p = turn_q_at + c * turn_q_stride
+                    unturn_rows(n, D, turn_q, p, turn_q_stride, turn_q, p + 1, turn_q_stride,
+                                Y, 0, Fp, Y, D, Fp, Y, 0, Fp)  # fmt: skip
+                if scaled:
+                    unmap_rows(which, n, D, power, 1, q, q_at + c * q_stride, q_stride, Y, Fp, d_q, (den_at + c) * D)
+                else:
+                    unmap_rows(which, n, D, unit, 0, q, q_at + c * q_stride, q_stride, Y, Fp, d_q, (den_at + c) * D)
+                if not causal:
+                    product_add(n, 1, X_rows, X_slices, cols, X_step, Q, 0, Fp, G, 0, Ep, X, cols, 2 * cols)
+                    if (c + CHUNK) % SETTLE == 0:
+                        settle(X_slices * X_rows, NV, X, 0, 2 * cols)
+                        settle(1, S_slices * NV, RE, 0, 0)
 
             # sweep 2, backward in time: d_k and d_v
-            transpose_state(X, F, E, Fp, Ep, cols, S)
+            if not causal:
+                settle(X_slices * X_rows, NV, X, 0, 2 * cols)
+                settle(1, S_slices * NV, RE, 0, 0)
+            transpose_state(X, F, E, Fp, cols, S)
             for c in range((M - 1) // CHUNK * CHUNK, -1, -CHUNK):
                 n = min(CHUNK, M - c)
-                features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which, False,
-                         turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K, power)  # fmt: skip
-                centred_values(v, v_at + c * v_stride, v_stride, n, E, Ep, mu, V)
-                if masked == 1:
+                features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which,
+                         turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K)  # fmt: skip
+                centre_rows(n, E, v, v_at + c * v_stride, v_stride, mu, 0, 0, V, 0, Ep)
+                fill_up(n, Ep, V)
+                if masked:
                     hide(mask, mask_at + c * mask_stride, mask_stride, n, K, Fp)
                     hide(mask, mask_at + c * mask_stride, mask_stride, n, V, Ep)
-                whole = -(-n // T) * T
-                if causal == 1:
-                    cotangents(d_out, g_at + c * g_stride, g_stride, n, E, Ep, den, den_at + c, normalize, mode, eps, G)
-                    features(q, q_at + c * q_stride, q_stride, n, D, F, Fp, which, scaled,
-                             turn_q, turn_q_at + c * turn_q_stride, turn_q_stride, Q, power)  # fmt: skip
-                    for t in range(0, n, T):
-                        scores_back(K, t * Fp, Fp, Q, t * Fp, Fp, Fp, W, t * T)
-                        scores_back(V, t * Ep, Ep, G, t * Ep, Ep, Ep, W2, t * T)
-                    for x in range(0, Ep, cols):
-                        for t in range(whole - T, -1, -T):
-                            retreat(K, t * Fp, Fp, Q, t * Fp, Fp, G, t * Ep + x, Ep,
-                                    X, x * Fp * 2, 2 * cols, F, W, t * T, U, t * Ep + x, Ep)  # fmt: skip
-                    for f in range(0, Fp, cols):
-                        for t in range(whole - T, -1, -T):
-                            retreat(V, t * Ep, Ep, G, t * Ep, Ep, Q, t * Fp + f, Fp,
-                                    S, f * Ep * 2, 2 * cols, E, W2, t * T, Y, t * Fp + f, Fp)  # fmt: skip
+                if causal:
+                    if normalize:
+                        divisors(den, den_at + c, n, mode, eps, c_of)
+                        divide_rows(n, E, c_of, 0, 1, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
+                    else:
+                        copy_rows(n, E, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
+                    fill_up(n, Ep, G)
+                    query_features(q, q_at + c * q_stride, q_stride, n, D, F, Fp, which, scaled,
+                                   turn_q, turn_q_at + c * turn_q_stride, turn_q_stride, Q, power)  # fmt: skip
+                    pairs_back(n, Fp, False, K, 0, Fp, Q, 0, Fp, RE, 0, Fp, W, 0, 0, dots, 0, 1)
+                    pairs_back(n, Ep, False, V, 0, Ep, G, 0, Ep, RE, 0, Fp, W2, 0, 0, dots, 0, 1)
+                    p = max(0, c - CHUNK)
+                    retreat(n, X_slices, F, X_step, K, 0, Fp, Q, 0, Fp, G, 0, Ep, X, 0, 2 * cols, W, 0, 0, U, 0, Ep,
+                            v, v_at + p * v_stride, v_stride, d_out, g_at + p * g_stride, g_stride)  # fmt: skip
+                    retreat(n, S_slices, E, S_step, V, 0, Ep, G, 0, Ep, Q, 0, Fp, S, 0, 2 * cols, W2, 0, 0, Y, 0, Fp,
+                            q, q_at + p * q_stride, q_stride, k, k_at + p * k_stride, k_stride)  # fmt: skip
+                    if normalize:
+                        add_later(n, Fp, Q, 0, Fp, RE, 0, Fp, h, c, 1, Y, 0, Fp)
+                    if c % SETTLE == 0:
+                        settle(X_slices * X_rows, NV, X, 0, 2 * cols)
+                        settle(S_slices * S_rows, NV, S, 0, 2 * cols)
+                        settle(1, S_slices * NV, RE, 0, 0)
                 else:
-                    for x in range(0, Ep, cols):
-                        for t in range(0, n, ROWS):
-                            product(K, t * Fp, Fp, 1, X, x * Fp * 2, 2 * cols, F, U, t * Ep + x, Ep)
-                    for f in range(0, Fp, cols):
-                        for t in range(0, n, ROWS):
-                            product(V, t * Ep, Ep, 1, S, f * Ep * 2, 2 * cols, E, Y, t * Fp + f, Fp)
-                for t in range(n - 1, -1, -1):
-                    y = Y[t * Fp : (t + 1) * Fp]
-                    if normalize == 1:
-                        if causal == 1:
-                            add_row(Q[t * Fp : (t + 1) * Fp], h[c + t], r, r_rest)
-                        add_scaled(r, one, y)
-                    near = y[:D]
-                    if F > D:
-                        p = turn_k_at + (c + t) * turn_k_stride
-                        unturn_row(near, y[D:F], turn_k[p], turn_k[p + 1])
-                    p = k_at + (c + t) * k_stride
-                    unmap_row(which, k[p : p + D], near)
-                    u = U[t * Ep : t * Ep + E]
-                    if masked == 1 and not mask[mask_at + (c + t) * mask_stride]:
-                        clear(near)
-                        clear(u)
-                    p = j * M + c + t
-                    deliver_row(near, d_k[p * D : (p + 1) * D], same)
-                    deliver_row(u, d_v[p * E : (p + 1) * E], same)
-            add_cotangent(X, r, F, E, E1, Fp, cols, mu, d_before, state_at, not same)
+                    product(F, Fp, n, X_slices, X_step, cols, K, 0, 1, X, 0, 2 * cols, U, 0, Ep)
+                    product(E, Ep, n, S_slices, S_step, cols, V, 0, 1, S, 0, 2 * cols, Y, 0, Fp)
+                    if normalize:
+                        add_rows(n, Fp, RE, 0, 0, Y, 0, Fp, Y, 0, Fp)
+                if F > D:
+                    p = turn_k_at + c * turn_k_stride
+                    unturn_rows(n, D, turn_k, p, turn_k_stride, turn_k, p + 1, turn_k_stride,
+                                Y, 0, Fp, Y, D, Fp, Y, 0, Fp)  # fmt: skip
+                p = j * M + c
+                if same:
+                    unmap_rows_add(which, n, D, unit, 0, k, k_at + c * k_stride, k_stride, Y, Fp, d_k, p * D)
+                    add_rows(n, E, U, 0, Ep, d_v, p * E, E, d_v, p * E, E)
+                else:
+                    unmap_rows(which, n, D, unit, 0, k, k_at + c * k_stride, k_stride, Y, Fp, d_k, p * D)
+                    copy_rows(n, E, U, 0, Ep, d_v, p * E, E)
+                if masked:
+                    hide(mask, mask_at + c * mask_stride, mask_stride, n, behind(d_k, p * D), D)
+                    hide(mask, mask_at + c * mask_stride, mask_stride, n, behind(d_v, p * E), E)
+            settle(X_slices * X_rows, NV, X, 0, 2 * cols)
+            settle(1, S_slices * NV, RE, 0, 0)
+            store_cotangent(X, RE, F, E, E1, cols, Fp, mu, d_before, state_at, same)
 
     return linear_backward

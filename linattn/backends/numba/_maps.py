@@ -1,25 +1,19 @@
-"""Feature maps as prologues, their VJPs as epilogues, and the exponential both use.
-
-Each runs over distinct 1-D slices, which is what lets LLVM vectorise it.
-"""
+"""Feature maps and their VJPs as operations on rows, and the exponential they use."""
 
 from __future__ import annotations
 
 import struct
 
-from llvmlite import ir
-from numba.extending import intrinsic
-
 from ._jit import helper
-from ._vector import declare
+from ._vector import I64, operation, rowwise
 
-__all__ = ["MAPS", "copy_row", "exp", "map_row", "row_power", "unmap_row"]
+__all__ = ["MAPS", "exp", "identity_rows", "map_rows", "row_powers", "unmap_rows", "unmap_rows_add"]
 
 IDENTITY, RELU, ELU1 = 0, 1, 2
 MAPS = {"identity": IDENTITY, "relu": RELU, "elu1": ELU1}
 
 # exp(r) = 1 + r + r^2 p(r) on |r| <= ln 2 / 2: interpolation in Chebyshev's points, errors 1.1e-8 and 3e-19 of exp.
-# ln 2 = high + low, high short enough that n high is exact. Behind `ends` the result is 0 or inf.
+# ln 2 = high + low, high short enough that n high is exact. Behind ENDS the result is 0 or inf.
 POLYNOMIALS = {
     32: (0.5, 0.16666576666119928, 0.041666554212984150, 0.0083632328836826182, 0.0013926250831497612),
     64: (0.5, 0.16666666666666671, 0.041666666666666670, 0.0083333333333260831, 0.0013888888888883711,
@@ -30,6 +24,7 @@ LN2 = {32: (0.693145751953125, 1.4286068203094173e-06), 64: (0.6931471803691238,
 ENDS = {32: (-105.0, 89.0), 64: (-746.0, 710.0)}
 MANTISSA, BIAS = {32: 23, 64: 52}, {32: 127, 64: 1023}
 LOG2E = 1.4426950408889634
+WINDOW = (-1, 8)  # rows whose largest feature is at least 2^-1 and below 2^8 are left as they are
 
 
 def _bits(number, width):
@@ -38,148 +33,132 @@ def _bits(number, width):
     return struct.unpack(as_int, struct.pack(code, number))[0]
 
 
-@intrinsic
-def exp(typing, x):
-    """exp(x) without a call or a branch, so that loops over it vectorise. exp(inf) = inf, exp(-inf) = 0, NaN = NaN.
+def exp(v, x):
+    """exp(x) without a call or a branch. exp(inf) = inf, exp(-inf) = 0, NaN stays NaN; worst error below 1.5 ulp.
 
     x = n ln 2 + r with n = round(x / ln 2), exp(x) = 2^n exp(r). n is read from the bits of x / ln 2 + 1.5 2^m, whose
     last place is 1. 2^n is applied in two halves, so that results below the normal range come out right.
     """
-    signature = x(x)
+    b, mantissa, bias = v.b, MANTISSA[v.bits], BIAS[v.bits]
+    low, high = (v.const(end) for end in ENDS[v.bits])
+    held = v.where(v.compare(x, "<", low), low, x)
+    held = v.where(v.compare(held, ">", high), high, held)
 
-    def codegen(context, b, sig, args):
-        width = sig.return_type.bitwidth
-        real = ir.FloatType() if width == 32 else ir.DoubleType()
-        whole = ir.IntType(width)
-        mantissa, bias = MANTISSA[width], BIAS[width]
-        fma = declare(b, f"llvm.fmuladd.f{width}", ir.FunctionType(real, [real] * 3))
-        low, high = (ir.Constant(real, end) for end in ENDS[width])
-        held = b.select(b.fcmp_ordered("<", args[0], low), low, args[0])
-        held = b.select(b.fcmp_ordered(">", held, high), high, held)
+    magic = 1.5 * 2.0**mantissa
+    moved = v.fma(held, v.const(LOG2E), v.const(magic))
+    n = v.sub(moved, v.const(magic))
+    r = held
+    for part in LN2[v.bits]:
+        r = v.fma(n, v.const(-part), r)
+    *lower, p = (v.const(c) for c in POLYNOMIALS[v.bits])
+    for c in reversed(lower):
+        p = v.fma(p, r, c)
+    p = v.add(v.fma(v.mul(r, r), p, r), v.one)
 
-        magic = 1.5 * 2.0**mantissa
-        moved = b.call(fma, [held, ir.Constant(real, LOG2E), ir.Constant(real, magic)])
-        n = b.fsub(moved, ir.Constant(real, magic))
-        r = held
-        for part in LN2[width]:
-            r = b.call(fma, [n, ir.Constant(real, -part), r])
-        *lower, highest = (ir.Constant(real, c) for c in POLYNOMIALS[width])
-        p = highest
-        for c in reversed(lower):
-            p = b.call(fma, [p, r, c])
-        p = b.call(fma, [b.fmul(r, r), p, r])
-        p = b.fadd(p, ir.Constant(real, 1.0))
-
-        twice = b.sub(b.bitcast(moved, whole), whole(_bits(magic, width) - 2 * bias))  # n + 2 bias > 0
-        half = b.lshr(twice, whole(1))
-        for exponent in (half, b.sub(twice, half)):
-            p = b.fmul(p, b.bitcast(b.shl(exponent, whole(mantissa)), real))
-        return p
-
-    return signature, codegen
+    twice = b.sub(v.as_int(moved), v.int_const(_bits(magic, v.bits) - 2 * bias))  # n + 2 bias > 0
+    half = b.lshr(twice, v.int_const(1))
+    for exponent in (half, b.sub(twice, half)):
+        p = v.mul(p, v.as_real(b.shl(exponent, v.int_const(mantissa))))
+    return p
 
 
-@intrinsic
-def power_below(typing, x):
-    """2^-floor(log2 x) for x > 0, finite; 1 for 0, inf and NaN; within the normal range at both ends."""
-    signature = x(x)
-
-    def codegen(context, b, sig, args):
-        width = sig.return_type.bitwidth
-        whole = ir.IntType(width)
-        real = ir.FloatType() if width == 32 else ir.DoubleType()
-        mantissa, bias = MANTISSA[width], BIAS[width]
-        bits = b.and_(b.bitcast(args[0], whole), whole((1 << (width - 1)) - 1))
-        field = b.lshr(bits, whole(mantissa))
-        turned = b.sub(whole(2 * bias), field)
-        turned = b.select(b.icmp_signed("<", turned, whole(1)), whole(1), turned)
-        turned = b.select(b.icmp_signed(">", turned, whole(2 * bias - 1)), whole(2 * bias - 1), turned)
-        none = b.or_(b.icmp_signed("==", bits, whole(0)), b.icmp_signed("==", field, whole(2 * bias + 1)))
-        turned = b.select(none, whole(bias), turned)
-        return b.bitcast(b.shl(turned, whole(mantissa)), real)
-
-    return signature, codegen
+def _positive(v, x, y):
+    """0 where x <= 0, else y: NaN passes."""
+    return v.where(v.compare(x, "<=", v.zero), v.zero, y)
 
 
-@intrinsic
-def larger_size(typing, x, y):
-    """The larger of |x| and |y| by their bit patterns: one unsigned maximum, and NaN wins."""
-    signature = x(x, x)
+def _elu1_slope(v, x):
+    return v.where(v.compare(x, ">", v.zero), v.one, exp(v, x))
 
-    def codegen(context, b, sig, args):
-        width = sig.return_type.bitwidth
-        whole = ir.IntType(width)
-        real = ir.FloatType() if width == 32 else ir.DoubleType()
-        mask = whole((1 << (width - 1)) - 1)
-        first, second = (b.and_(b.bitcast(a, whole), mask) for a in args)
-        return b.bitcast(b.select(b.icmp_signed(">", first, second), first, second), real)
 
-    return signature, codegen
+identity_rows = rowwise(0, 1, lambda v, x: x)
+relu_rows = rowwise(0, 1, lambda v, x: _positive(v, x, x))
+elu1_rows = rowwise(0, 1, lambda v, x: v.where(v.compare(x, ">", v.zero), v.add(v.one, x), exp(v, x)))
+
+# d_x from x and d_phi, times the power of two the row of phi was scaled by
+identity_back = rowwise(1, 1, lambda v, s, x, d: v.mul(d, s))
+relu_back = rowwise(1, 1, lambda v, s, x, d: _positive(v, x, v.mul(d, s)))
+elu1_back = rowwise(1, 1, lambda v, s, x, d: v.mul(v.mul(d, s), _elu1_slope(v, x)))
+identity_back_add = rowwise(1, 1, lambda v, s, x, d, old: v.add(old, v.mul(d, s)))
+relu_back_add = rowwise(1, 1, lambda v, s, x, d, old: v.add(old, _positive(v, x, v.mul(d, s))))
+elu1_back_add = rowwise(1, 1, lambda v, s, x, d, old: v.add(old, v.mul(v.mul(d, s), _elu1_slope(v, x))))
 
 
 @helper
-def copy_row(x, phi):
-    for i in range(phi.size):
-        phi[i] = x[i]
-
-
-@helper
-def relu_row(x, phi):
-    zero = phi.dtype.type(0)
-    for i in range(phi.size):
-        a = x[i]
-        phi[i] = zero if a <= zero else a  # NaN passes
-
-
-@helper
-def elu1_row(x, phi):
-    zero, one = phi.dtype.type(0), phi.dtype.type(1)
-    for i in range(phi.size):
-        a = x[i]
-        below = exp(a)
-        phi[i] = one + a if a > zero else below
-
-
-@helper
-def map_row(which, x, phi):
-    """phi = the feature map of one token's x."""
+def map_rows(which, count, width, x, x_at, x_stride, phi, phi_stride):
+    """phi[t] = the feature map of x[t]."""
     if which == RELU:
-        relu_row(x, phi)
+        relu_rows(count, width, x, x_at, x_stride, phi, 0, phi_stride)
     elif which == ELU1:
-        elu1_row(x, phi)
+        elu1_rows(count, width, x, x_at, x_stride, phi, 0, phi_stride)
     else:
-        copy_row(x, phi)
+        identity_rows(count, width, x, x_at, x_stride, phi, 0, phi_stride)
 
 
 @helper
-def relu_back(x, d_phi):
-    zero = d_phi.dtype.type(0)
-    for i in range(d_phi.size):
-        d_phi[i] = zero if x[i] <= zero else d_phi[i]
-
-
-@helper
-def elu1_back(x, d_phi):
-    zero, one = d_phi.dtype.type(0), d_phi.dtype.type(1)
-    for i in range(d_phi.size):
-        a = x[i]
-        below = exp(a)
-        d_phi[i] *= one if a > zero else below
-
-
-@helper
-def unmap_row(which, x, d_phi):
-    """d_x from d_phi, in place: relu'(0) = 0, elu1' = min(phi, 1)."""
+def unmap_rows(which, count, width, s, s_step, x, x_at, x_stride, d, d_stride, out, out_at):
+    """out[t] = d_x from d_phi = d[t] s[t]: relu'(0) = 0, elu1' = min(phi, 1)."""
     if which == RELU:
-        relu_back(x, d_phi)
+        relu_back(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride, out, out_at, width)
     elif which == ELU1:
-        elu1_back(x, d_phi)
+        elu1_back(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride, out, out_at, width)
+    else:
+        identity_back(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride, out, out_at, width)
 
 
 @helper
-def row_power(phi):
-    """The power of two that brings the largest |phi| of a row into [1, 2)."""
-    largest = phi.dtype.type(0)
-    for i in range(phi.size):
-        largest = larger_size(largest, phi[i])
-    return power_below(largest)
+def unmap_rows_add(which, count, width, s, s_step, x, x_at, x_stride, d, d_stride, out, out_at):
+    """The same, added to out[t]."""
+    if which == RELU:
+        relu_back_add(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride,
+                      out, out_at, width, out, out_at, width)  # fmt: skip
+    elif which == ELU1:
+        elu1_back_add(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride,
+                      out, out_at, width, out, out_at, width)  # fmt: skip
+    else:
+        identity_back_add(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride,
+                          out, out_at, width, out, out_at, width)  # fmt: skip
+
+
+def _power(v, size):
+    """2^-floor(log2 x) from the bit pattern of x; 1 inside WINDOW, for 0, inf and NaN; normal at both ends."""
+    b, bias = v.b, BIAS[v.bits]
+    field = b.lshr(size, v.int_const(MANTISSA[v.bits]))
+    turned = b.sub(v.int_const(2 * bias), field)
+    turned = v.larger(turned, v.int_const(1))
+    turned = b.select(b.icmp_signed(">", turned, v.int_const(2 * bias - 1)), v.int_const(2 * bias - 1), turned)
+    low, high = (v.int_const(bias + e) for e in WINDOW)
+    inside = b.and_(b.icmp_signed(">=", field, low), b.icmp_signed("<", field, high))
+    unusable = b.or_(b.icmp_signed("==", size, v.int_const(0)), b.icmp_signed(">", field, v.int_const(2 * bias)))
+    turned = b.select(b.or_(inside, unusable), v.int_const(bias), turned)
+    return v.as_real(b.shl(turned, v.int_const(MANTISSA[v.bits])))
+
+
+@operation
+def row_powers(v, sizes, memories):
+    """row_powers(count, width, phi, power): power[t] brings the largest |phi[t]| into [1, 2), unless it is in WINDOW;
+    phi[t] is multiplied by it.
+    """
+    count, width = sizes
+    (phi, stride), (power, _) = memories
+    b, one = v.b, v.single()
+    whole = b.sub(width, b.and_(width, I64(v.lanes - 1)))
+
+    def row(t, _):
+        start = b.mul(t, stride)
+
+        def largest(w, first, last, found):
+            return w.loop(first, last, w.lanes, [found],
+                          lambda x, found: [w.larger(found[0], w.size_of(phi.load(w, start, x)))])[0]  # fmt: skip
+
+        def scale(w, first, last, factor):
+            w.loop(first, last, w.lanes, [], lambda x, _: phi.store(w, w.mul(phi.load(w, start, x), factor), start, x))
+
+        in_vectors = v.fold(largest(v, I64(0), whole, v.int_const(0)), v.larger)
+        factor = _power(one, largest(one, whole, width, in_vectors))
+        power.store(one, factor, t)
+        with b.if_then(b.fcmp_unordered("!=", factor, one.one)):
+            scale(v, I64(0), whole, v.spread(factor))
+            scale(one, whole, width, factor)
+
+    v.loop(I64(0), count, 1, [], row)

@@ -1,8 +1,9 @@
 """The kernels of exact softmax. Definition: backends/reference/softmax.py.
 
-Tiles of CHUNK queries by CHUNK keys, each formed, used and forgotten. Where keys come in turn for a tile of queries,
+Tiles of SIDE queries by SIDE keys, each formed, used and forgotten. Where keys come in turn for a tile of queries,
 scores stand as keys x queries, so that maximum, exponential and sum run along the queries' lanes without a
 horizontal sum. Pairs that do not see each other are left out of every product, so that NaN stays where it belongs.
+Sums over many tiles are [S | E] as the states of the linear engine are: see _products.py.
 """
 
 from __future__ import annotations
@@ -10,347 +11,390 @@ from __future__ import annotations
 import math
 
 from ._jit import helper
-from ._linear import add_scaled, centred_values, clear, deliver_row, divided_row, hide, scale_row, values, visible_mean
+from ._linear import hide, visible_mean
 from ._maps import exp
-from ._tiles import CHUNK, TILE
-from ._vector import product, product_add
+from ._products import product, product_add, settle
+from ._rows import add_rows, centre_rows, clear_rows, copy_rows, divide_rows, scale_rows, scale_rows_add
+from ._tiles import TILE
+from ._vector import I64, behind, operation, pointer, rowwise
 
-__all__ = ["backward_kernel", "forward_kernel", "scratch_size"]
+__all__ = ["SIDE", "backward_kernel", "forward_kernel", "scratch_size"]
 
 NV, ROWS, N_BYTES = TILE.vectors, TILE.rows, TILE.n_bytes
+SIDE = 48 if 48 % TILE.columns(4) == 0 else 96  # whole tiles of matrix products, by rows and by columns
+SETTLED_TILES = 2
 
 
 def scratch_size(n_features: int, n_values: int, columns: int) -> int:
     """Numbers of scratch the kernels carve, the larger of both."""
     features, values = (-(-n // columns) * columns for n in (n_features, n_values))
-    return CHUNK * (5 * (features + values) + 2 * CHUNK + 5) + values
+    return SIDE * (7 * (features + values) + 2 * SIDE + 10) + values
+
+
+# -- rows and tiles ---------------------------------------------------------------------------------------------
+
+fill_rows = rowwise(1, 1, lambda v, number: number)
+multiply_rows = rowwise(0, 1, lambda v, x, y: v.mul(x, y))
+
+
+def _shift(v, old, top):
+    """What to subtract from scores, and what earlier sums are worth against the new maximum."""
+    base = v.where(v.compare(top, "==", v.const(-math.inf)), v.zero, top)
+    return base, exp(v, v.sub(old, base))
+
+
+def _weights(v, top, total, mean, p, d_p):
+    """p = exp(s - top) / total,   d_s = p (d_p - D)"""
+    p = v.div(exp(v, v.sub(p, top)), total)
+    return p, v.mul(p, v.sub(d_p, mean))
+
+
+shift_rows = rowwise(0, 2, _shift)
+weight_rows = rowwise(3, 2, _weights)
+
+
+def _columnwise(n_read, n_carried, body):
+    """op(count, width, P, *others): down the columns of a tile, NV vectors at a time.
+
+    `body(v, numbers of this row, carried)` -> what replaces them, carried; the first `n_read` of the others are rows
+    that stay as they are, the next `n_carried` are carried from row to row and stored at the end.
+    """
+
+    def columnwise(v, sizes, memories):
+        count, width = sizes
+        tiles, rows = memories[: len(memories) - n_read - n_carried], memories[len(memories) - n_read - n_carried :]
+
+        def part(x, _):
+            known = [[m.load(v, x, k * v.lanes) for m, _ in rows[:n_read]] for k in range(NV)]
+            carried = [m.load(v, x, k * v.lanes) for k in range(NV) for m, _ in rows[n_read:]]
+
+            def row(t, carried):
+                new = []
+                for k in range(NV):
+                    starts = [v.b.mul(t, stride) for _, stride in tiles]
+                    numbers = [m.load(v, start, x, k * v.lanes) for (m, _), start in zip(tiles, starts, strict=True)]
+                    made, after = body(v, numbers, known[k], carried[k * n_carried : (k + 1) * n_carried])
+                    for (m, _), start, number in zip(tiles, starts, made, strict=False):
+                        m.store(v, number, start, x, k * v.lanes)
+                    new += after
+                return new
+
+            carried = v.loop(I64(0), count, 1, carried, row)
+            for k in range(NV):
+                for (m, _), number in zip(rows[n_read:], carried[k * n_carried :], strict=False):
+                    m.store(v, number, x, k * v.lanes)
+
+        v.loop(I64(0), width, NV * v.lanes, [], part)
+
+    return operation(columnwise)
+
+
+def _exp_sum(v, numbers, known, carried):
+    p = exp(v, v.sub(numbers[0], known[0]))
+    return [p], [v.add(carried[0], p)]
+
+
+def _product_sum(v, numbers, known, carried):
+    product = v.mul(*numbers)
+    return [product], [v.add(carried[0], product)]
+
+
+# largest(count, width, P, top); exp_sum(count, width, P, base, total): P = exp(P - base), total += its column sums;
+# product_sum(count, width, dP, P, mean): dP *= P, mean += its column sums
+largest = _columnwise(0, 1, lambda v, x, _, top: ([], [v.where(v.compare(x[0], ">", top[0]), x[0], top[0])]))
+exp_sum = _columnwise(1, 1, _exp_sum)
+product_sum = _columnwise(0, 1, _product_sum)
 
 
 @helper
-def packed(x, at, stride, count, width, factor, out):
-    """out[r, t] = factor x[t, r]: a chunk transposed, tokens missing at its end zero."""
-    clear(out[: width * CHUNK])
+def transposed(x, count, width, padded, factor, out):
+    """out[r, t] = factor x[t, r]; tokens missing at the end of a tile are zero."""
+    clear_rows(width, SIDE, out, 0, SIDE)
     for t in range(count):
-        row = x[at + t * stride : at + t * stride + width]
         for r in range(width):
-            out[r * CHUNK + t] = factor * row[r]
+            out[r * SIDE + t] = factor * x[t * padded + r]
 
 
 @helper
-def scores_of(a, n_rows, padded, b, width, cols, out):
-    """out[m, :] = a[m] . b[:, :] for whole tiles of rows; b is packed."""
-    for m in range(0, n_rows, ROWS):
-        for x in range(0, CHUNK, cols):
-            product(a, m * padded, padded, 1, b, x, CHUNK, width, out, m * CHUNK + x, CHUNK)
+def scores(a, count, padded, b, width, cols, out):
+    """out[m, :] = a[m] . b[:, :], b transposed."""
+    product(width, padded, count, SIDE // cols, cols, cols, a, 0, 1, b, 0, SIDE, out, 0, SIDE)
 
 
 @helper
-def forget(p, s, n_queries, first_seen_by, hidden):
-    """Key s of a tile keys x queries: -inf for the queries before `first_seen_by`, for all if hidden."""
-    row = p[s * CHUNK : (s + 1) * CHUNK]
-    for t in range(n_queries if hidden else min(first_seen_by, n_queries)):
-        row[t] = -math.inf
+def hidden(mask, at, stride, s, masked):
+    return masked and not mask[at + s * stride]
 
 
 @helper
-def keep_larger(row, top):
-    for t in range(top.size):
-        top[t] = row[t] if row[t] > top[t] else top[t]
-
-
-@helper
-def shift(old, top, factor):
-    """factor = exp(old - top), what earlier sums are worth against the new maximum; `old` becomes what to subtract."""
-    zero = top.dtype.type(0)
-    for t in range(top.size):
-        base = zero if top[t] == -math.inf else top[t]
-        factor[t] = exp(old[t] - base)
-        old[t] = base
-
-
-@helper
-def exp_row(row, base, total):
-    for t in range(total.size):
-        row[t] = exp(row[t] - base[t])
-        total[t] += row[t]
-
-
-@helper
-def times(x, y):
-    for t in range(x.size):
-        x[t] *= y[t]
-
-
-@helper
-def add_times(x, y, total):
-    """x *= y, total += x"""
-    for t in range(total.size):
-        x[t] *= y[t]
-        total[t] += x[t]
-
-
-@helper
-def rescale_rows(x, factor, count, padded):
+def worth_less(factor, count):
+    """Whether any earlier sum must be rescaled."""
+    changed = 0
     for t in range(count):
-        if factor[t] != 1:
-            scale_row(x[t * padded : (t + 1) * padded], factor[t])
+        changed += factor[t] != 1
+    return changed > 0
 
 
 @helper
 def add_seen(p, n_queries, n_keys, ahead, y, padded, cols, out):
     """out[t] += sum over the keys s <= t + ahead of p[s, t] y[s]: common keys by tiles, the rest key by key."""
+    if ahead >= n_keys - 1:
+        product_add(n_keys, 1, n_queries, padded // cols, cols, cols, p, 0, SIDE, y, 0, padded, out, padded, 2 * padded)
+        return
     for t in range(0, n_queries, ROWS):
         common = max(0, min(n_keys, t + ahead + 1))
-        for x in range(0, padded, cols):
-            product_add(p, t, 1, CHUNK, y, x, padded, common, out, t * padded + x, padded)
+        product_add(common, 1, ROWS, padded // cols, cols, cols, p, t, SIDE, y, 0, padded,
+                    out, t * 2 * padded + padded, 2 * padded)  # fmt: skip
         for m in range(t, min(n_queries, t + ROWS)):
+            there = m * 2 * padded + padded
             for s in range(common, max(common, min(n_keys, m + ahead + 1))):
-                add_scaled(y[s * padded : (s + 1) * padded], p[s * CHUNK + m], out[m * padded : (m + 1) * padded])
+                scale_rows_add(1, padded, p, s * SIDE + m, 0, y, s * padded, 0, out, there, 0, out, there, 0)
 
 
 @helper
 def add_seeing(p, n_queries, n_keys, ahead, y, padded, cols, out):
     """out[s] += sum over the queries t >= s - ahead of p[t, s] y[t]."""
+    if ahead >= n_keys - 1:
+        product_add(n_queries, 1, n_keys, padded // cols, cols, cols, p, 0, SIDE, y, 0, padded,
+                    out, padded, 2 * padded)  # fmt: skip
+        return
     for s in range(0, n_keys, ROWS):
         common = max(0, min(n_queries, s + ROWS - 1 - ahead))
-        for x in range(0, padded, cols):
-            product_add(p, common * CHUNK + s, 1, CHUNK, y, common * padded + x, padded, n_queries - common,
-                        out, s * padded + x, padded)  # fmt: skip
+        product_add(n_queries - common, 1, ROWS, padded // cols, cols, cols, p, common * SIDE + s, SIDE,
+                    y, common * padded, padded, out, s * 2 * padded + padded, 2 * padded)  # fmt: skip
         for m in range(s, min(n_keys, s + ROWS)):
+            there = m * 2 * padded + padded
             for t in range(max(0, min(common, m - ahead)), common):
-                add_scaled(y[t * padded : (t + 1) * padded], p[t * CHUNK + m], out[m * padded : (m + 1) * padded])
+                scale_rows_add(1, padded, p, t * SIDE + m, 0, y, t * padded, 0, out, there, 0, out, there, 0)
+
+
+# -- forward ----------------------------------------------------------------------------------------------------
 
 
 def forward_kernel(salt):
     """The kernel with the salt of its cache key in its closure."""
 
-    def softmax_forward(q, k, v, mask, out, lse, work, table, dims, scale, first, last):
+    def softmax_forward(
+        q_array, k_array, v_array, mask, out_array, lse, work_array, table, dims, scale, first, last
+    ):  # fmt: skip
         """Heads first <= i < last.   top = max s,  total = sum exp(s - top),  out = sum exp(s - top) v / total"""
         salt  # noqa: B018
         N, M, D, E, offset = dims[0], dims[1], dims[2], dims[3], dims[4]
         q_stride, k_stride, v_stride, mask_stride = dims[5], dims[6], dims[7], dims[8]
         causal, masked = dims[10] == 1, dims[11] == 1
-        cols = NV * (N_BYTES // work.itemsize)
-        Dp, Ep = -(-D // cols) * cols, -(-E // cols) * cols
-        scale = work.dtype.type(scale)
-        one = work.dtype.type(1)
+        lanes = N_BYTES // work_array.itemsize
+        cols = NV * lanes
+        Dp, Ep = (D + cols - 1) // cols * cols, (E + cols - 1) // cols * cols
+        scale = work_array.dtype.type(scale)
 
-        at = 0
-        QT = work[at : at + CHUNK * Dp]
-        at += CHUNK * Dp
-        K = work[at : at + CHUNK * Dp]
-        at += CHUNK * Dp
-        V = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        Y = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        P = work[at : at + CHUNK * CHUNK]
-        at += CHUNK * CHUNK
-        top = work[at : at + CHUNK]
-        at += CHUNK
-        base = work[at : at + CHUNK]
-        at += CHUNK
-        factor = work[at : at + CHUNK]
-        at += CHUNK
-        total = work[at : at + CHUNK]
-        clear(K)
-        clear(V)
+        q, k, v, out = pointer(q_array), pointer(k_array), pointer(v_array), pointer(out_array)
+        Q = pointer(work_array)
+        QT = behind(Q, SIDE * Dp)
+        K = behind(QT, SIDE * Dp)
+        V = behind(K, SIDE * Dp)
+        Y = behind(V, SIDE * Ep)
+        P = behind(Y, SIDE * 2 * Ep)
+        top = behind(P, SIDE * SIDE)
+        base = behind(top, SIDE)
+        factor = behind(base, SIDE)
+        total = behind(factor, SIDE)
+        bottom = behind(total, 2 * SIDE)
+        clear_rows(3, SIDE * Dp, Q, 0, SIDE * Dp)
+        clear_rows(SIDE, Ep, V, 0, Ep)
+        bottom[0] = -math.inf
 
         for i in range(first, last):
             h, q_at = table[i, 1], table[i, 2]
             k_at, v_at, mask_at = table[i, 4], table[i, 5], table[i, 6]
-            for c in range(0, N, CHUNK):
-                n = min(CHUNK, N - c)
-                packed(q, q_at + c * q_stride, q_stride, n, D, scale, QT)
-                clear(Y)
-                clear(total)
-                for t in range(CHUNK):
-                    top[t] = -math.inf
+            for c in range(0, N, SIDE):
+                n = min(SIDE, N - c)
+                copy_rows(n, D, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
+                transposed(Q, n, D, Dp, scale, QT)
+                clear_rows(SIDE, 2 * Ep, Y, 0, 2 * Ep)
+                clear_rows(1, 2 * SIDE, total, 0, 0)
+                fill_rows(1, SIDE, bottom, 0, 0, top, 0, 0)
                 seen = min(M, c + n + offset) if causal else M
-                for b in range(0, seen, CHUNK):
-                    m = min(CHUNK, M - b)
-                    ahead = c + offset - b if causal else CHUNK
-                    values(k, k_at + b * k_stride, k_stride, m, D, Dp, K)
-                    values(v, v_at + b * v_stride, v_stride, m, E, Ep, V)
+                for b in range(0, seen, SIDE):
+                    m = min(SIDE, M - b)
+                    ahead = c + offset - b if causal else SIDE
+                    copy_rows(m, D, k, k_at + b * k_stride, k_stride, K, 0, Dp)
+                    copy_rows(m, E, v, v_at + b * v_stride, v_stride, V, 0, Ep)
                     if masked:
                         hide(mask, mask_at + b * mask_stride, mask_stride, m, V, Ep)
-                    scores_of(K, m, Dp, QT, D, cols, P)
+                    scores(K, m, Dp, QT, D, cols, P)
                     if masked or ahead < m - 1:
                         for s in range(m):
-                            forget(P, s, n, s - ahead, masked and not mask[mask_at + (b + s) * mask_stride])
-                    for t in range(CHUNK):
-                        base[t] = top[t]
-                    for s in range(m):
-                        keep_larger(P[s * CHUNK : (s + 1) * CHUNK], top)
-                    shift(base, top, factor)
-                    times(total, factor)
-                    rescale_rows(Y, factor, n, Ep)
-                    for s in range(m):
-                        exp_row(P[s * CHUNK : (s + 1) * CHUNK], base, total)
+                            blind = n if hidden(mask, mask_at, mask_stride, b + s, masked) else min(n, s - ahead)
+                            if blind > 0:
+                                fill_rows(1, blind, bottom, 0, 0, P, s * SIDE, 0)
+                    copy_rows(1, SIDE, top, 0, 0, base, 0, 0)
+                    largest(m, SIDE, P, 0, SIDE, top, 0, 0)
+                    shift_rows(1, SIDE, base, 0, 0, top, 0, 0, base, 0, 0, factor, 0, 0)
+                    if worth_less(factor, n):
+                        multiply_rows(2, SIDE, total, 0, SIDE, factor, 0, 0, total, 0, SIDE)
+                        scale_rows(n, 2 * Ep, factor, 0, 1, Y, 0, 2 * Ep, Y, 0, 2 * Ep)
+                    exp_sum(m, SIDE, P, 0, SIDE, base, 0, 0, total, SIDE, 0)
                     add_seen(P, n, m, ahead, V, Ep, cols, Y)
+                    if b // SIDE % SETTLED_TILES == SETTLED_TILES - 1:
+                        settle(SIDE, Ep // lanes, Y, 0, 2 * Ep)
+                        settle(1, SIDE // lanes, total, 0, 0)
+                settle(SIDE, Ep // lanes, Y, 0, 2 * Ep)
+                settle(1, SIDE // lanes, total, 0, 0)
+                p = h * N + c
+                divide_rows(n, E, total, 0, 1, Y, 0, 2 * Ep, out, p * E, E)
                 for t in range(n):
-                    p = h * N + c + t
-                    divided_row(Y[t * Ep : t * Ep + E], total[t], out[p * E : (p + 1) * E])
-                    lse[p] = top[t] + math.log(total[t]) if total[t] != 0 else -math.inf * one
+                    lse[p + t] = top[t] + math.log(total[t]) if total[t] != 0 else bottom[0]
 
     return softmax_forward
+
+
+# -- backward ---------------------------------------------------------------------------------------------------
 
 
 def backward_kernel(salt):
     """The kernel with the salt of its cache key in its closure."""
 
-    def softmax_backward(d_out, q, k, v, mask, d_q, d_k, d_v, work, rows, table, dims, scale, first, last):
+    def softmax_backward(
+        d_out_array, q_array, k_array, v_array, mask, d_q_array, d_k_array, d_v_array,
+        work_array, rows_array, table, dims, scale, first, last,
+    ):  # fmt: skip
         """Heads first <= i < last; vc = v - mu: sum_s d_s = 0 makes any offset of v cancel.
 
         sweep 1, keys in turn    D_t = sum p d_p    d_q = scale (sum p d_p k - D sum p k)      d_p = g . vc
         sweep 2, queries in turn    d_v = sum p g    d_k = scale sum p (d_p - D) q
-        rows keeps top, total and D of a head's queries.
+        `rows` keeps top, total and D of a head's queries.
         """
         salt  # noqa: B018
         N, M, D, E, offset = dims[0], dims[1], dims[2], dims[3], dims[4]
         q_stride, k_stride, v_stride, mask_stride, g_stride = dims[5], dims[6], dims[7], dims[8], dims[9]
         causal, masked = dims[10] == 1, dims[11] == 1
-        cols = NV * (N_BYTES // work.itemsize)
-        Dp, Ep = -(-D // cols) * cols, -(-E // cols) * cols
-        scale = work.dtype.type(scale)
-        one, zero = work.dtype.type(1), work.dtype.type(0)
+        lanes = N_BYTES // work_array.itemsize
+        cols = NV * lanes
+        Dp, Ep = (D + cols - 1) // cols * cols, (E + cols - 1) // cols * cols
+        scale = work_array.dtype.type(scale)
+        one = work_array.dtype.type(1)
 
-        at = 0
-        QT = work[at : at + CHUNK * Dp]
-        at += CHUNK * Dp
-        K = work[at : at + CHUNK * Dp]
-        at += CHUNK * Dp
-        Y = work[at : at + CHUNK * Dp]
-        at += CHUNK * Dp
-        Z = work[at : at + CHUNK * Dp]
-        at += CHUNK * Dp
-        GT = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        V = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        U = work[at : at + CHUNK * Ep]
-        at += CHUNK * Ep
-        P = work[at : at + CHUNK * CHUNK]
-        at += CHUNK * CHUNK
-        dP = work[at : at + CHUNK * CHUNK]
-        at += CHUNK * CHUNK
-        top = work[at : at + CHUNK]
-        at += CHUNK
-        base = work[at : at + CHUNK]
-        at += CHUNK
-        factor = work[at : at + CHUNK]
-        at += CHUNK
-        total = work[at : at + CHUNK]
-        at += CHUNK
-        mean = work[at : at + CHUNK]
-        at += CHUNK
-        mu = work[at : at + E]
-        clear(K)
-        clear(V)
+        d_out, q, k, v = pointer(d_out_array), pointer(q_array), pointer(k_array), pointer(v_array)
+        d_q, d_k, d_v = pointer(d_q_array), pointer(d_k_array), pointer(d_v_array)
+        tops = pointer(rows_array)
+        totals = behind(tops, N)
+        means = behind(totals, N)
+        Q = pointer(work_array)
+        QT = behind(Q, SIDE * Dp)
+        K = behind(QT, SIDE * Dp)
+        Y = behind(K, SIDE * Dp)
+        Z = behind(Y, SIDE * 2 * Dp)
+        G = behind(Z, SIDE * 2 * Dp)
+        GT = behind(G, SIDE * Ep)
+        V = behind(GT, SIDE * Ep)
+        U = behind(V, SIDE * Ep)
+        P = behind(U, SIDE * 2 * Ep)
+        dP = behind(P, SIDE * SIDE)
+        top = behind(dP, SIDE * SIDE)
+        base = behind(top, SIDE)
+        factor = behind(base, SIDE)
+        total = behind(factor, SIDE)
+        mean = behind(total, 2 * SIDE)
+        constants = behind(mean, 2 * SIDE)
+        mu = behind(constants, SIDE)
+        clear_rows(3, SIDE * Dp, Q, 0, SIDE * Dp)
+        clear_rows(3, SIDE * Ep, G, 0, SIDE * Ep)
+        constants[0], constants[1] = -math.inf, scale
 
         for i in range(first, last):
             j, h, q_at, g_at = table[i, 0], table[i, 1], table[i, 2], table[i, 3]
             k_at, v_at, mask_at = table[i, 4], table[i, 5], table[i, 6]
             same = i > first and table[i - 1, 0] == j  # another query head of the same keys: its d_k, d_v add
             if not same:
-                visible_mean(v, v_at, v_stride, M, E, mask, mask_at, mask_stride, masked, mu)
+                visible_mean(v, v_at, v_stride, M, E, mask, mask_at, mask_stride, masked, top, mu)
 
-            for c in range(0, N, CHUNK):
-                n = min(CHUNK, N - c)
-                packed(q, q_at + c * q_stride, q_stride, n, D, scale, QT)
-                packed(d_out, g_at + c * g_stride, g_stride, n, E, one, GT)
-                clear(Y)
-                clear(Z)
-                clear(total)
-                clear(mean)
-                for t in range(CHUNK):
-                    top[t] = -math.inf
+            for c in range(0, N, SIDE):
+                n = min(SIDE, N - c)
+                copy_rows(n, D, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
+                transposed(Q, n, D, Dp, scale, QT)
+                copy_rows(n, E, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
+                transposed(G, n, E, Ep, one, GT)
+                clear_rows(2 * SIDE, 2 * Dp, Y, 0, 2 * Dp)
+                clear_rows(1, 4 * SIDE, total, 0, 0)
+                fill_rows(1, SIDE, constants, 0, 0, top, 0, 0)
                 seen = min(M, c + n + offset) if causal else M
-                for b in range(0, seen, CHUNK):
-                    m = min(CHUNK, M - b)
-                    ahead = c + offset - b if causal else CHUNK
-                    values(k, k_at + b * k_stride, k_stride, m, D, Dp, K)
-                    centred_values(v, v_at + b * v_stride, v_stride, m, E, Ep, mu, V)
+                for b in range(0, seen, SIDE):
+                    m = min(SIDE, M - b)
+                    ahead = c + offset - b if causal else SIDE
+                    copy_rows(m, D, k, k_at + b * k_stride, k_stride, K, 0, Dp)
+                    centre_rows(m, E, v, v_at + b * v_stride, v_stride, mu, 0, 0, V, 0, Ep)
                     if masked:
                         hide(mask, mask_at + b * mask_stride, mask_stride, m, K, Dp)
                         hide(mask, mask_at + b * mask_stride, mask_stride, m, V, Ep)
-                    scores_of(K, m, Dp, QT, D, cols, P)
-                    scores_of(V, m, Ep, GT, E, cols, dP)
+                    scores(K, m, Dp, QT, D, cols, P)
+                    scores(V, m, Ep, GT, E, cols, dP)
                     if masked or ahead < m - 1:
                         for s in range(m):
-                            hidden = masked and not mask[mask_at + (b + s) * mask_stride]
-                            forget(P, s, n, s - ahead, hidden)
-                            if hidden or s > ahead:
-                                clear(dP[s * CHUNK : s * CHUNK + (n if hidden else min(n, s - ahead))])
-                    for t in range(CHUNK):
-                        base[t] = top[t]
-                    for s in range(m):
-                        keep_larger(P[s * CHUNK : (s + 1) * CHUNK], top)
-                    shift(base, top, factor)
-                    times(total, factor)
-                    times(mean, factor)
-                    rescale_rows(Y, factor, n, Dp)
-                    rescale_rows(Z, factor, n, Dp)
-                    for s in range(m):
-                        row = P[s * CHUNK : (s + 1) * CHUNK]
-                        exp_row(row, base, total)
-                        add_times(dP[s * CHUNK : (s + 1) * CHUNK], row, mean)
+                            blind = n if hidden(mask, mask_at, mask_stride, b + s, masked) else min(n, s - ahead)
+                            if blind > 0:
+                                fill_rows(1, blind, constants, 0, 0, P, s * SIDE, 0)
+                                clear_rows(1, blind, dP, s * SIDE, 0)
+                    copy_rows(1, SIDE, top, 0, 0, base, 0, 0)
+                    largest(m, SIDE, P, 0, SIDE, top, 0, 0)
+                    shift_rows(1, SIDE, base, 0, 0, top, 0, 0, base, 0, 0, factor, 0, 0)
+                    if worth_less(factor, n):
+                        multiply_rows(4, SIDE, total, 0, SIDE, factor, 0, 0, total, 0, SIDE)
+                        scale_rows(n, 2 * Dp, factor, 0, 1, Y, 0, 2 * Dp, Y, 0, 2 * Dp)
+                        scale_rows(n, 2 * Dp, factor, 0, 1, Z, 0, 2 * Dp, Z, 0, 2 * Dp)
+                    exp_sum(m, SIDE, P, 0, SIDE, base, 0, 0, total, SIDE, 0)
+                    product_sum(m, SIDE, dP, 0, SIDE, P, 0, SIDE, mean, SIDE, 0)
                     add_seen(dP, n, m, ahead, K, Dp, cols, Y)
                     add_seen(P, n, m, ahead, K, Dp, cols, Z)
+                    if b // SIDE % SETTLED_TILES == SETTLED_TILES - 1:
+                        settle(2 * SIDE, Dp // lanes, Y, 0, 2 * Dp)
+                        settle(2, SIDE // lanes, total, 0, 2 * SIDE)
+                settle(2 * SIDE, Dp // lanes, Y, 0, 2 * Dp)
+                settle(2, SIDE // lanes, total, 0, 2 * SIDE)
                 for t in range(n):
-                    y = Y[t * Dp : t * Dp + D]
                     a = total[t] if total[t] != 0 else one
-                    mean[t] /= a
-                    add_scaled(Z[t * Dp : t * Dp + D], -mean[t], y)
-                    scale_row(y, scale)
-                    p = (h * N + c + t) * D
-                    divided_row(y, a, d_q[p : p + D])
-                    rows[c + t], rows[N + c + t], rows[2 * N + c + t] = (
-                        zero if top[t] == -math.inf else top[t], a, mean[t],
-                    )  # fmt: skip
+                    total[t], factor[t] = a, -mean[t] / a
+                    tops[c + t], totals[c + t], means[c + t] = base[t], a, mean[t] / a
+                scale_rows_add(n, D, factor, 0, 1, Z, 0, 2 * Dp, Y, 0, 2 * Dp, Y, 0, 2 * Dp)
+                scale_rows(n, D, constants, 1, 0, Y, 0, 2 * Dp, Y, 0, 2 * Dp)
+                divide_rows(n, D, total, 0, 1, Y, 0, 2 * Dp, d_q, (h * N + c) * D, D)
 
-            for b in range(0, M, CHUNK):
-                m = min(CHUNK, M - b)
-                values(k, k_at + b * k_stride, k_stride, m, D, Dp, K)
-                centred_values(v, v_at + b * v_stride, v_stride, m, E, Ep, mu, V)
+            for b in range(0, M, SIDE):
+                m = min(SIDE, M - b)
+                copy_rows(m, D, k, k_at + b * k_stride, k_stride, K, 0, Dp)
+                centre_rows(m, E, v, v_at + b * v_stride, v_stride, mu, 0, 0, V, 0, Ep)
                 if masked:
                     hide(mask, mask_at + b * mask_stride, mask_stride, m, K, Dp)
                     hide(mask, mask_at + b * mask_stride, mask_stride, m, V, Ep)
-                packed(K, 0, Dp, m, D, one, QT)
-                packed(V, 0, Ep, m, E, one, GT)
-                clear(Y)
-                clear(U)
-                begin = max(0, b - offset) // CHUNK * CHUNK if causal else 0
-                for c in range(begin, N, CHUNK):
-                    n = min(CHUNK, N - c)
-                    ahead = c + offset - b if causal else CHUNK
-                    values(q, q_at + c * q_stride, q_stride, n, D, Dp, K)
-                    values(d_out, g_at + c * g_stride, g_stride, n, E, Ep, V)
-                    scale_row(K, scale)
-                    scores_of(K, n, Dp, QT, D, cols, P)
-                    scores_of(V, n, Ep, GT, E, cols, dP)
-                    for t in range(n):
-                        weights_row(
-                            P[t * CHUNK : t * CHUNK + m], dP[t * CHUNK : t * CHUNK + m],
-                            rows[c + t], rows[N + c + t], rows[2 * N + c + t],
-                        )  # fmt: skip
-                    add_seeing(dP, n, m, ahead, K, Dp, cols, Y)
-                    add_seeing(P, n, m, ahead, V, Ep, cols, U)
-                for s in range(m):
-                    y, u = Y[s * Dp : s * Dp + D], U[s * Ep : s * Ep + E]
-                    if masked and not mask[mask_at + (b + s) * mask_stride]:
-                        clear(y)
-                        clear(u)
-                    p = j * M + b + s
-                    deliver_row(y, d_k[p * D : (p + 1) * D], same)
-                    deliver_row(u, d_v[p * E : (p + 1) * E], same)
+                transposed(K, m, D, Dp, one, QT)
+                transposed(V, m, E, Ep, one, GT)
+                clear_rows(SIDE, 2 * Dp, Y, 0, 2 * Dp)
+                clear_rows(SIDE, 2 * Ep, U, 0, 2 * Ep)
+                begin = max(0, b - offset) // SIDE * SIDE if causal else 0
+                for c in range(begin, N, SIDE):
+                    n = min(SIDE, N - c)
+                    ahead = c + offset - b if causal else SIDE
+                    scale_rows(n, D, constants, 1, 0, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
+                    copy_rows(n, E, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
+                    scores(Q, n, Dp, QT, D, cols, P)
+                    scores(G, n, Ep, GT, E, cols, dP)
+                    weight_rows(n, m, tops, c, 1, totals, c, 1, means, c, 1,
+                                P, 0, SIDE, dP, 0, SIDE, P, 0, SIDE, dP, 0, SIDE)  # fmt: skip
+                    add_seeing(dP, n, m, ahead, Q, Dp, cols, Y)
+                    add_seeing(P, n, m, ahead, G, Ep, cols, U)
+                    if c // SIDE % SETTLED_TILES == SETTLED_TILES - 1:
+                        settle(SIDE, Dp // lanes, Y, 0, 2 * Dp)
+                        settle(SIDE, Ep // lanes, U, 0, 2 * Ep)
+                settle(SIDE, Dp // lanes, Y, 0, 2 * Dp)
+                settle(SIDE, Ep // lanes, U, 0, 2 * Ep)
+                p = j * M + b
+                if same:
+                    add_rows(m, D, Y, 0, 2 * Dp, d_k, p * D, D, d_k, p * D, D)
+                    add_rows(m, E, U, 0, 2 * Ep, d_v, p * E, E, d_v, p * E, E)
+                else:
+                    copy_rows(m, D, Y, 0, 2 * Dp, d_k, p * D, D)
+                    copy_rows(m, E, U, 0, 2 * Ep, d_v, p * E, E)
+                if masked:
+                    hide(mask, mask_at + b * mask_stride, mask_stride, m, behind(d_k, p * D), D)
+                    hide(mask, mask_at + b * mask_stride, mask_stride, m, behind(d_v, p * E), E)
 
     return softmax_backward
-
-
-@helper
-def weights_row(p, d_p, top, total, mean):
-    """p = exp(s - top) / total,   d_s = p (d_p - D)"""
-    for s in range(p.size):
-        p[s] = exp(p[s] - top) / total
-        d_p[s] = p[s] * (d_p[s] - mean)

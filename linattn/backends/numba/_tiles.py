@@ -1,8 +1,8 @@
-"""Which vector unit the kernels are written for, and the register tile that fills it.
+"""Which vector unit the kernels are written for, and the register tiles that fill it.
 
-The host's features decide once, at import: the width of a vector in bytes, the number of tokens T a tile
-holds and the number NV of vectors side by side. T * NV accumulators, T * NV values and two state vectors
-(sum and rest) must fit the registers; T * NV accumulators must cover the latency of the FMA units.
+The host's features decide once, at import. The tile of the recurrence holds T tokens by NV vectors: T * NV
+accumulators and T * NV values must fit the registers, and the accumulators must cover the latency of the
+multiply-add units. The tile of matrix products holds `rows` by NV.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from typing import NamedTuple
 from llvmlite import binding
 from numba.core import config
 
-__all__ = ["CHUNK", "TILE", "Tile"]
+__all__ = ["CHUNK", "SETTLE", "TILE", "Tile"]
 
 
 class Tile(NamedTuple):
-    """One vector unit: its name, bytes in a register, tokens and vectors of a tile, rows of a matrix tile."""
+    """One vector unit and its tiles."""
 
     unit: str
-    n_bytes: int
-    tokens: int
-    vectors: int
-    rows: int
+    n_bytes: int  # of a register
+    tokens: int  # T
+    vectors: int  # NV
+    rows: int  # of a matrix product's tile
+    reload: bool  # whether T * NV accumulators and values leave no register for a second operand of the state
+    halves: bool  # whether float16 is converted in registers
 
     def lanes(self, itemsize: int) -> int:
         """Numbers of `itemsize` bytes in one register."""
@@ -34,27 +36,31 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "avx512": Tile("avx512", 64, 4, 2, 4),
-    "avx2": Tile("avx2", 32, 3, 2, 4),
-    "neon": Tile("neon", 16, 6, 2, 4),
-    "portable": Tile("portable", 16, 2, 2, 2),
+    "avx512": Tile("avx512", 64, 4, 2, 6, False, True),
+    "avx2": Tile("avx2", 32, 3, 2, 6, True, True),
+    "neon": Tile("neon", 16, 6, 2, 6, False, True),
+    "portable": Tile("portable", 16, 2, 2, 2, True, False),
 }
 
-CHUNK = 48  # tokens a prologue prepares: a multiple of every tile's tokens
+CHUNK = 48  # tokens a prologue prepares: a multiple of every tile's tokens and rows
+SETTLE = 96  # tokens between two times the rest of a state is carried over to its sums
+
+
+def host_features() -> set[str]:
+    """What this machine, or the machine `NUMBA_CPU_FEATURES` describes, can do."""
+    if config.CPU_FEATURES is None:
+        return {name for name, there in binding.get_host_cpu_features().items() if there}
+    return {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
 
 
 def host_tile() -> Tile:
-    """The widest unit of this machine, or of the machine `NUMBA_CPU_FEATURES` describes."""
-    if config.CPU_FEATURES is None:
-        features = {name for name, there in binding.get_host_cpu_features().items() if there}
-    else:
-        features = {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
-    if "avx512f" in features:
+    """The widest unit of this machine."""
+    features = host_features()
+    if {"avx512f", "f16c"} <= features:
         return TILES["avx512"]
-    if {"avx2", "fma"} <= features:
+    if {"avx2", "fma", "f16c"} <= features:
         return TILES["avx2"]
-    triple = binding.get_process_triple()
-    if "neon" in features or triple.startswith(("aarch64", "arm64")):
+    if "neon" in features or binding.get_process_triple().startswith(("aarch64", "arm64")):
         return TILES["neon"]
     return TILES["portable"]
 

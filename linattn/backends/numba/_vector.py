@@ -1,29 +1,33 @@
-"""The inner loops as vector code: LLVM IR emitted through `numba.extending.intrinsic`.
+"""Vector code for the kernels: LLVM IR emitted through `numba.extending.intrinsic`.
 
-LLVM's loop vectoriser keeps no tile of accumulators in registers, so the tile is spelled out here: explicit
-vectors of `TILE.n_bytes` and fused multiply-adds. All arrays are 1-D and contiguous; offsets and strides are
-run-time integers in elements, so no size is part of the machine code. Callers pad: columns to whole tiles,
-features to whole vectors, tokens to whole blocks, all with zeros.
+LLVM's loop vectoriser keeps no tile of accumulators in registers and needs proofs about overlap that these kernels
+cannot give, so vectors are spelled out: `Emitter` has their arithmetic, `Memory` their loads and stores, and
+`rowwise` makes an operation on rows from the formula of one element. All sizes, offsets and strides are run-time
+integers in elements: none is part of the machine code.
 
-The primitive, for the T tokens of a block and one slice of NV vectors of columns:
-
-    out_t = b_t . S + sum_j W[t, j] c_j      W[t, j] = b_t . a_j, over j <= t (`advance`), j >= t (`retreat`)
-    S + E += sum_t a_t c_t^T                 S, E one rounded sum and what rounding took: a Kahan step a block
+Kernels hold addresses (`pointer`), whose element type says how a number is stored: float32 and float64 as they are,
+float16 as uint16 and bfloat16 as int16, both widened to float32 by every load and rounded once by every store.
 """
 
 from __future__ import annotations
 
+import itertools
+from copy import copy
+
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._tiles import TILE
 
-__all__ = ["advance", "denominators", "gather", "product", "product_add", "retreat", "scores", "scores_back"]
+__all__ = ["Emitter", "Memory", "behind", "operation", "pointer", "rowwise", "select_pointer"]
 
-I64, I32 = ir.IntType(64), ir.IntType(32)
-INT = types.intp
-T, NV, ROWS = TILE.tokens, TILE.vectors, TILE.rows
+I64, I32, I16, I1, I8P = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(1), ir.IntType(8).as_pointer()
+HALF, SINGLE, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+STORED = {types.float32: (SINGLE, 4), types.float64: (DOUBLE, 8), types.uint16: (I16, 2), types.int16: (I16, 2)}
+
+_numbers = itertools.count()
 
 
 def declare(builder, name, function_type):
@@ -35,58 +39,114 @@ def declare(builder, name, function_type):
 
 
 class Emitter:
-    """Loads, stores, broadcasts and multiply-adds of one vector type inside one function."""
+    """Arithmetic of one float type in vectors of `lanes`, or on single numbers if `lanes` is 1."""
 
-    def __init__(self, context, builder, array_type):
-        self.context, self.b = context, builder
-        self.itemsize = array_type.dtype.bitwidth // 8
-        self.lanes = TILE.lanes(self.itemsize)
-        scalar = ir.FloatType() if self.itemsize == 4 else ir.DoubleType()
-        self.type = ir.VectorType(scalar, self.lanes)
-        self.zero = ir.Constant(self.type, [0.0] * self.lanes)
-        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.itemsize}"
-        self._fma = declare(builder, name, ir.FunctionType(self.type, [self.type] * 3))
+    def __init__(self, context, builder, real, lanes=None):
+        self.context, self.b, self.real = context, builder, real
+        self.scalar, self.itemsize = STORED[real]
+        self.bits = 8 * self.itemsize
+        self.lanes = TILE.lanes(self.itemsize) if lanes is None else lanes
+        self.type = self.widened(self.scalar)
+        self.whole = self.widened(ir.IntType(self.bits))
+        suffix = f"f{self.bits}" if self.lanes == 1 else f"v{self.lanes}f{self.bits}"
+        self._fma = declare(builder, f"llvm.fmuladd.{suffix}", ir.FunctionType(self.type, [self.type] * 3))
+        self.zero, self.one = self.const(0.0), self.const(1.0)
 
-    def data(self, array_type, value):
-        """The address of an array's first element."""
-        return self.context.make_array(array_type)(self.context, self.b, value).data
+    def single(self):
+        """The same arithmetic on single numbers."""
+        return Emitter(self.context, self.b, self.real, 1)
 
-    def at(self, base, *offsets):
-        """The address of base[sum of offsets]; an offset is an integer, an IR value, or a pair to multiply."""
-        total = None
-        for offset in offsets:
-            if isinstance(offset, tuple):
-                offset = self.b.mul(I64(offset[0]), offset[1])
-            elif isinstance(offset, int):
-                offset = I64(offset)
-            total = offset if total is None else self.b.add(total, offset)
-        return self.b.gep(base, [total])
+    def widened(self, element):
+        return element if self.lanes == 1 else ir.VectorType(element, self.lanes)
 
-    def load(self, address):
-        return self.b.load(self.b.bitcast(address, self.type.as_pointer()), align=self.itemsize)
+    def const(self, number):
+        return ir.Constant(self.type, number if self.lanes == 1 else [number] * self.lanes)
 
-    def store(self, value, address):
-        self.b.store(value, self.b.bitcast(address, self.type.as_pointer()), align=self.itemsize)
+    def int_const(self, number):
+        return ir.Constant(self.whole, number if self.lanes == 1 else [number] * self.lanes)
 
-    def spread(self, address):
-        """The number at `address` in every lane."""
-        empty = ir.Constant(self.type, ir.Undefined)
-        one = self.b.insert_element(empty, self.b.load(address), I32(0))
-        lanes = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
-        return self.b.shuffle_vector(one, empty, lanes)
+    def add(self, x, y):
+        return self.b.fadd(x, y)
+
+    def sub(self, x, y):
+        return self.b.fsub(x, y)
+
+    def mul(self, x, y):
+        return self.b.fmul(x, y)
+
+    def div(self, x, y):
+        return self.b.fdiv(x, y)
 
     def fma(self, x, y, z):
         """x y + z, fused where the machine can."""
         return self.b.call(self._fma, [x, y, z])
 
-    def total(self, vector):
-        """The sum over the lanes, halves folded in a fixed order."""
+    def neg(self, x):
+        return self.b.fneg(x)
+
+    def where(self, condition, x, y):
+        return self.b.select(condition, x, y)
+
+    def compare(self, x, how, y):
+        """False where either is NaN."""
+        return self.b.fcmp_ordered(how, x, y)
+
+    def as_int(self, x):
+        return self.b.bitcast(x, self.whole)
+
+    def as_real(self, x):
+        return self.b.bitcast(x, self.type)
+
+    def size_of(self, x):
+        """The bit pattern of |x|: ordered as |x| is, NaN above all."""
+        return self.b.and_(self.as_int(x), self.int_const((1 << (self.bits - 1)) - 1))
+
+    def larger(self, x, y):
+        """The larger of two integers."""
+        return self.b.select(self.b.icmp_signed(">", x, y), x, y)
+
+    def spread(self, number):
+        """A single number in every lane."""
+        if self.lanes == 1:
+            return number
+        empty = ir.Constant(self.type, ir.Undefined)
+        one = self.b.insert_element(empty, number, I32(0))
+        return self.shuffle(one, empty, [0] * self.lanes)
+
+    def shuffle(self, x, y, lanes):
+        return self.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+    def fold(self, vector, combine):
+        """All lanes combined into one number: halves upon halves, in a fixed order."""
         half = self.lanes // 2
         while half:
-            lanes = ir.Constant(ir.VectorType(I32, self.lanes), [i ^ half for i in range(self.lanes)])
-            vector = self.b.fadd(vector, self.b.shuffle_vector(vector, vector, lanes))
+            vector = combine(vector, self.shuffle(vector, vector, [i ^ half for i in range(self.lanes)]))
             half //= 2
-        return self.b.extract_element(vector, I32(0))
+        return vector if self.lanes == 1 else self.b.extract_element(vector, I32(0))
+
+    def total(self, vector):
+        """The sum over the lanes."""
+        return self.fold(vector, self.add)
+
+    def totals(self, vectors):
+        """The sums over the lanes of `lanes` vectors, as one vector, and the lane in which each stands.
+
+        Two vectors at a time: the first halves of their groups of lanes side by side, plus the second halves.
+        """
+        groups = [(x, [i]) for i, x in enumerate(vectors)]
+        size = self.lanes
+        while size > 1:
+            half, merged = size // 2, []
+            for (x, of_x), (y, of_y) in zip(groups[::2], groups[1::2], strict=True):
+                order = [
+                    (which, g * size + i) for g in range(self.lanes // size) for which in (0, 1) for i in range(half)
+                ]
+                first = [which * self.lanes + lane for which, lane in order]
+                both = self.add(self.shuffle(x, y, first), self.shuffle(x, y, [lane + half for lane in first]))
+                merged.append((both, [n for pair in zip(of_x, of_y, strict=True) for n in pair]))
+            groups, size = merged, half
+        vector, owners = groups[0]
+        return vector, {owner: lane for lane, owner in enumerate(owners)}
 
     def loop(self, start, stop, step, carried, body):
         """for i in range(start, stop, step): carried = body(i, carried)."""
@@ -99,7 +159,7 @@ class Emitter:
         inside = [b.phi(value.type) for value in carried]
         for phi, value in zip(inside, carried, strict=True):
             phi.add_incoming(value, before)
-        new = body(i, list(inside))
+        new = body(i, list(inside)) or []
         following, end = b.add(i, I64(step)), b.block
         i.add_incoming(following, end)
         for phi, value in zip(inside, new, strict=True):
@@ -113,193 +173,179 @@ class Emitter:
         return out
 
 
-def _void(arguments):
-    return types.void(*arguments)
+class Memory:
+    """Numbers at an address, `start` + offset: single ones, or `v.lanes` in a row."""
+
+    def __init__(self, v, kind, base, start=None):
+        self.b, self.stored = v.b, kind.dtype
+        self.element, self.itemsize = STORED[kind.dtype]
+        self.base = base if start is None else v.b.gep(base, [start])
+
+    def behind(self, *offsets):
+        """What lies `offsets` further on."""
+        further = copy(self)
+        further.base = self.at(*offsets)
+        return further
+
+    def ask(self, *offsets):
+        """Have the cache line there on its way; harmless behind an array's end."""
+        kind = ir.FunctionType(ir.VoidType(), [I8P, I32, I32, I32])
+        address = self.b.bitcast(self.at(*offsets), I8P)
+        self.b.call(declare(self.b, "llvm.prefetch.p0", kind), [address, I32(0), I32(2), I32(1)])
+
+    def at(self, *offsets):
+        """The address behind the sum of offsets: integers, IR values, or pairs to multiply."""
+        total = None
+        for offset in offsets:
+            if isinstance(offset, tuple):
+                offset = self.b.mul(I64(offset[0]), offset[1])
+            elif isinstance(offset, int):
+                offset = I64(offset)
+            total = offset if total is None else self.b.add(total, offset)
+        return self.b.gep(self.base, [total])
+
+    def load(self, v, *offsets):
+        stored = v.widened(self.element)
+        x = self.b.load(self.b.bitcast(self.at(*offsets), stored.as_pointer()), align=self.itemsize)
+        if self.stored == types.uint16:  # float16
+            return self.b.fpext(self.b.bitcast(x, v.widened(HALF)), v.type)
+        if self.stored == types.int16:  # bfloat16: the upper half of a float32
+            return self.b.bitcast(self.b.shl(self.b.zext(x, v.whole), v.int_const(16)), v.type)
+        return x
+
+    def store(self, v, x, *offsets):
+        if self.stored == types.uint16:
+            x = self.b.bitcast(self.b.fptrunc(x, v.widened(HALF)), v.widened(I16))
+        elif self.stored == types.int16:
+            x = self.b.trunc(self._rounded(v, x), v.widened(I16))
+        self.b.store(x, self.b.bitcast(self.at(*offsets), x.type.as_pointer()), align=self.itemsize)
+
+    def _rounded(self, v, x):
+        """The upper 16 bits of x, to nearest, ties to even; a NaN stays one."""
+        b, bits = self.b, v.as_int(x)
+        odd = b.and_(b.lshr(bits, v.int_const(16)), v.int_const(1))
+        rounded = b.add(bits, b.add(odd, v.int_const(0x7FFF)))
+        quiet = b.or_(bits, v.int_const(0x400000))
+        return b.lshr(b.select(b.fcmp_unordered("uno", x, x), quiet, rounded), v.int_const(16))
+
+    def spread(self, v, *offsets):
+        """The number there in every lane."""
+        return v.spread(self.load(v.single(), *offsets) if self.itemsize == 2 else self.b.load(self.at(*offsets)))
 
 
-def _kahan(v, now, owed, place, rest):
-    """S' = S + y, E' = y - (S' - S): the sum and what its rounding took."""
-    new = v.b.fadd(now, owed)
-    v.store(new, place)
-    v.store(v.b.fsub(owed, v.b.fsub(new, now)), rest)
+def operation(codegen):
+    """An intrinsic without a result from `codegen(v, sizes, memories)`.
+
+    Called in a kernel with integers first, then for each array its pointer, first element and stride:
+    op(count, ..., x, x_at, x_stride, ...). `v` has the type of the last array that is not 16 bits wide.
+    The code becomes a function of its own, once for each combination of types, so that it is compiled once however
+    often it is called; an operation is worth a call if it does a whole chunk's work.
+    """
+    number = next(_numbers)
+
+    @intrinsic
+    def op(typing, *args):
+        packed = len(args) == 1 and isinstance(args[0], types.BaseTuple)  # Numba asks twice: loose, then packed
+        kinds = tuple(args[0]) if packed else args
+        arrays = [i for i, kind in enumerate(kinds) if isinstance(kind, types.CPointer)]
+        stored = [kinds[i].dtype for i in arrays]
+        real = next(kind for kind in reversed(stored) if kind in (types.float32, types.float64))
+
+        def generate(context, builder, signature, values):
+            values = cgutils.unpack_tuple(builder, values[0], len(kinds))
+            values = [
+                x if isinstance(kind, types.CPointer) else context.cast(builder, x, kind, types.intp)
+                for x, kind in zip(values, kinds, strict=True)
+            ]
+            name = f"linattn_{codegen.__name__}_{number}_" + "_".join(str(kind) for kind in stored)
+            function = builder.module.globals.get(name)
+            if function is None:
+                kind = ir.FunctionType(ir.VoidType(), [x.type for x in values])
+                function = ir.Function(builder.module, kind, name)
+                function.linkage = "internal"
+                function.attributes.add("noinline")
+                function.attributes.add("optsize")  # loops as written: not unrolled, not vectorised once more
+                inner = ir.IRBuilder(function.append_basic_block())
+                v = Emitter(context, inner, real)
+                given = list(function.args)
+                memories = [(Memory(v, kinds[i], given[i], given[i + 1]), given[i + 2]) for i in arrays]
+                codegen(v, given[: arrays[0]], memories)
+                inner.ret_void()
+            builder.call(function, values)
+            return context.get_dummy_value()
+
+        return types.void(types.StarArgTuple(kinds)), generate
+
+    return op
 
 
-def _make_block(backward_in_time):
-    """The primitive: `advance` (a token sees itself and earlier ones) or `retreat` (itself and later ones).
+def rowwise(n_scalars, n_outputs, body):
+    """op(count, width, *scalars, *inputs, *outputs): outputs[t][x] = body(v, *scalars[t], *inputs[t][x]).
 
-    b[b0 + t ldb + x], a[a0 + t lda + x], c[c0 + t ldc + column], out likewise; row x of the state slice is
-    s[s0 + x lds : ... + 2 NV L], S left and E right of it; w[w0 + t T + j].
+    Whole vectors first, then single numbers, so that nothing outside a row is read or written. An output may be an
+    input.
     """
 
-    @intrinsic
-    def block(typing, B, b0, ldb, A, a0, lda, C, c0, ldc, S, s0, lds, rows, W, w0, O, o0, ldo):  # noqa: E741
-        signature = _void((B, INT, INT, A, INT, INT, C, INT, INT, S, INT, INT, INT, W, INT, O, INT, INT))
+    def codegen(v, sizes, memories):
+        count, width = sizes
+        scalars, rest = memories[:n_scalars], memories[n_scalars:]
+        inputs, outputs = rest[: len(rest) - n_outputs], rest[len(rest) - n_outputs :]
+        b = v.b
+        whole = b.sub(width, b.and_(width, I64(v.lanes - 1)))
 
-        def codegen(context, builder, sig, args):
-            bb, b0, ldb, aa, a0, lda, cc, c0, ldc, ss, s0, lds, rows, ww, w0, oo, o0, ldo = args
-            v = Emitter(context, builder, S)
-            bb, aa, cc, ss, ww, oo = (
-                v.data(kind, x) for kind, x in zip((B, A, C, S, W, O), (bb, aa, cc, ss, ww, oo), strict=True)
-            )
-            value = [[v.load(v.at(cc, c0, (t, ldc), n * v.lanes)) for n in range(NV)] for t in range(T)]
-            left = [v.at(bb, b0, (t, ldb)) for t in range(T)]
-            right = [v.at(aa, a0, (t, lda)) for t in range(T)]
-            state = v.at(ss, s0)
+        def row(t, _):
+            of_row = [m.load(v.single(), b.mul(t, stride)) for m, stride in scalars]
+            starts = [b.mul(t, stride) for _, stride in (*inputs, *outputs)]
 
-            def body(x, acc):
-                place = [v.at(state, builder.mul(x, lds), n * v.lanes) for n in range(2 * NV)]
-                now = [v.load(p) for p in place[:NV]]
-                owed = [v.load(p) for p in place[NV:]]
-                for t in range(T):
-                    f = v.spread(v.at(left[t], x))
-                    for n in range(NV):
-                        acc[t * NV + n] = v.fma(f, now[n], acc[t * NV + n])
-                    a = v.spread(v.at(right[t], x))
-                    for n in range(NV):
-                        owed[n] = v.fma(a, value[t][n], owed[n])
-                for n in range(NV):
-                    _kahan(v, now[n], owed[n], place[n], place[NV + n])
-                return acc
+            def part(w):
+                known = [w.spread(s) for s in of_row]
 
-            acc = v.loop(I64(0), rows, 1, [v.zero] * (T * NV), body)
-            for t in range(T):
-                for j in range(t, T) if backward_in_time else range(t + 1):
-                    pair = v.spread(v.at(ww, w0, t * T + j))
-                    for n in range(NV):
-                        acc[t * NV + n] = v.fma(pair, value[j][n], acc[t * NV + n])
-                for n in range(NV):
-                    v.store(acc[t * NV + n], v.at(oo, o0, (t, ldo), n * v.lanes))
-            return context.get_dummy_value()
+                def element(x, _):
+                    read = [m.load(w, start, x) for (m, _), start in zip(inputs, starts, strict=False)]
+                    made = body(w, *known, *read)
+                    made = made if isinstance(made, tuple) else (made,)
+                    for (m, _), start, value in zip(outputs, starts[len(inputs) :], made, strict=True):
+                        m.store(w, value, start, x)
 
-        return signature, codegen
+                return element
 
-    return block
+            v.loop(I64(0), whole, v.lanes, [], part(v))
+            v.loop(whole, width, 1, [], part(v.single()))
 
+        v.loop(I64(0), count, 1, [], row)
 
-def _make_scores(backward_in_time):
-    """W[t, j] = b_t . a_j for the pairs of one block; `width` features, a multiple of the lanes."""
-
-    @intrinsic
-    def pairs(typing, B, b0, ldb, A, a0, lda, width, W, w0):
-        signature = _void((B, INT, INT, A, INT, INT, INT, W, INT))
-
-        def codegen(context, builder, sig, args):
-            bb, b0, ldb, aa, a0, lda, width, ww, w0 = args
-            v = Emitter(context, builder, W)
-            bb, aa, ww = v.data(B, bb), v.data(A, aa), v.data(W, ww)
-            seen = [(t, j) for t in range(T) for j in (range(t, T) if backward_in_time else range(t + 1))]
-
-            def body(x, acc):
-                left = [v.load(v.at(bb, b0, (t, ldb), x)) for t in range(T)]
-                right = [v.load(v.at(aa, a0, (t, lda), x)) for t in range(T)]
-                return [v.fma(left[t], right[j], s) for (t, j), s in zip(seen, acc, strict=True)]
-
-            acc = v.loop(I64(0), width, v.lanes, [v.zero] * len(seen), body)
-            for (t, j), s in zip(seen, acc, strict=True):
-                builder.store(v.total(s), v.at(ww, w0, t * T + j))
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return pairs
-
-
-advance, retreat = _make_block(False), _make_block(True)
-scores, scores_back = _make_scores(False), _make_scores(True)
+    return operation(codegen)
 
 
 @intrinsic
-def denominators(typing, B, b0, ldb, A, a0, lda, width, Z, E, W, w0, D, d0):
-    """The primitive for a column of ones: den_t = b_t . z + sum_{j <= t} W[t, j], then z + e += sum_t a_t."""
-    signature = _void((B, INT, INT, A, INT, INT, INT, Z, E, W, INT, D, INT))
+def pointer(typing, array):
+    """The address of an array's first element. The array must outlive it: kernels' arguments do."""
+    kind = types.CPointer(array.dtype)
 
-    def codegen(context, builder, sig, args):
-        bb, b0, ldb, aa, a0, lda, width, zz, ee, ww, w0, dd, d0 = args
-        v = Emitter(context, builder, Z)
-        bb, aa, zz, ee, ww, dd = (
-            v.data(kind, x) for kind, x in zip((B, A, Z, E, W, D), (bb, aa, zz, ee, ww, dd), strict=True)
-        )
+    def codegen(context, builder, signature, args):
+        return context.make_array(array)(context, builder, args[0]).data
 
-        def body(x, acc):
-            z, e = v.at(zz, x), v.at(ee, x)
-            now, owed = v.load(z), v.load(e)
-            for t in range(T):
-                acc[t] = v.fma(v.load(v.at(bb, b0, (t, ldb), x)), now, acc[t])
-                owed = builder.fadd(owed, v.load(v.at(aa, a0, (t, lda), x)))
-            _kahan(v, now, owed, z, e)
-            return acc
+    return kind(array), codegen
 
-        acc = v.loop(I64(0), width, v.lanes, [v.zero] * T, body)
-        for t in range(T):
-            den = v.total(acc[t])
-            for j in range(t + 1):
-                den = builder.fadd(den, builder.load(v.at(ww, w0, t * T + j)))
-            builder.store(den, v.at(dd, d0, t))
-        return context.get_dummy_value()
+
+@intrinsic
+def select_pointer(typing, condition, x, y):
+    """x if condition else y; always y where x is stored in another type than y."""
+    signature = y(condition, x, y)
+
+    def codegen(context, builder, signature, args):
+        if x != y:
+            return args[2]
+        return builder.select(context.cast(builder, args[0], condition, types.boolean), args[1], args[2])
 
     return signature, codegen
 
 
-def _panel(v, aa, a0, lda_row, lda_col, bb, b0, ldb, count):
-    """ROWS x NV accumulators of A B over `count` terms; A has any two strides."""
-    left = [v.at(aa, a0, (m, lda_row)) for m in range(ROWS)]
-    right = v.at(bb, b0)
-
-    def body(i, acc):
-        row = v.b.mul(i, ldb)
-        values = [v.load(v.at(right, row, n * v.lanes)) for n in range(NV)]
-        column = v.b.mul(i, lda_col)
-        for m in range(ROWS):
-            f = v.spread(v.at(left[m], column))
-            for n in range(NV):
-                acc[m * NV + n] = v.fma(f, values[n], acc[m * NV + n])
-        return acc
-
-    return v.loop(I64(0), count, 1, [v.zero] * (ROWS * NV), body)
-
-
 @intrinsic
-def gather(typing, A, a0, lda, C, c0, ldc, count, S, s0, lds):
-    """S + E += sum_{t < count} a_t c_t^T for ROWS features a[a0 + t lda + x]: one Kahan step a row."""
-    signature = _void((A, INT, INT, C, INT, INT, INT, S, INT, INT))
+def behind(typing, x, count):
+    """The address `count` elements behind x."""
 
-    def codegen(context, builder, sig, args):
-        aa, a0, lda, cc, c0, ldc, count, ss, s0, lds = args
-        v = Emitter(context, builder, S)
-        aa, cc, ss = v.data(A, aa), v.data(C, cc), v.data(S, ss)
-        acc = _panel(v, aa, a0, I64(1), lda, cc, c0, ldc, count)
-        for m in range(ROWS):
-            for n in range(NV):
-                place = v.at(ss, s0, (m, lds), n * v.lanes)
-                rest = v.at(ss, s0, (m, lds), (NV + n) * v.lanes)
-                _kahan(v, v.load(place), builder.fadd(v.load(rest), acc[m * NV + n]), place, rest)
-        return context.get_dummy_value()
+    def codegen(context, builder, signature, args):
+        return builder.gep(args[0], [args[1]])
 
-    return signature, codegen
-
-
-def _make_product(add):
-    """ROWS x NV vectors of o (+)= sum_i a[a0 + m lda_row + i lda_col] b[b0 + i ldb + column]."""
-
-    @intrinsic
-    def panel(typing, A, a0, lda_row, lda_col, B, b0, ldb, count, O, o0, ldo):  # noqa: E741
-        signature = _void((A, INT, INT, INT, B, INT, INT, INT, O, INT, INT))
-
-        def codegen(context, builder, sig, args):
-            aa, a0, lda_row, lda_col, bb, b0, ldb, count, oo, o0, ldo = args
-            v = Emitter(context, builder, O)
-            aa, bb, oo = v.data(A, aa), v.data(B, bb), v.data(O, oo)
-            acc = _panel(v, aa, a0, lda_row, lda_col, bb, b0, ldb, count)
-            for m in range(ROWS):
-                for n in range(NV):
-                    place = v.at(oo, o0, (m, ldo), n * v.lanes)
-                    value = acc[m * NV + n]
-                    v.store(builder.fadd(v.load(place), value) if add else value, place)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return panel
-
-
-product, product_add = _make_product(False), _make_product(True)
+    return x(x, types.intp), codegen

@@ -49,7 +49,7 @@ def backward(
     run = _with(chunk_size, xp)
     before, after = _value(state, xp), d_state
     after = xp.zeros_like(before) if after is None else _arrays.cast(after, before.dtype, xp)
-    g = _arrays.cast(d_out, phi_q.dtype, xp)
+    g = _arrays.row_major(_arrays.cast(d_out, phi_q.dtype, xp))
 
     if normalize:
         mu = visible_mean(v1[..., :-1], key_mask, xp)  # (..., 1, E)
@@ -77,14 +77,19 @@ def backward(
         d_phi_q, _ = run(g, v1, phi_k, T(before), turn_q, turn_k, span)
         g1 = g
 
-    d_phi_k, x = run(v1, g1, phi_q, T(after), turn_k, turn_q, turned)
-    d_v, _ = run(phi_k, phi_q, g, after[..., : g.shape[-1]], turn_k, turn_q, turned)
-    d_before = T(x)
+    # heads of queries that share keys: each has sums of its own, the state's cotangent is added once to all of them
+    nothing = xp.zeros_like(after)
+    d_phi_k, x = run(v1, g1, phi_q, T(nothing), turn_k, turn_q, turned)
+    d_v, _ = run(phi_k, phi_q, g, nothing[..., : g.shape[-1]], turn_k, turn_q, turned)
+    lead = tuple(after.shape[:-3])
+    d_phi_k = _shared(d_phi_k, lead, xp) + _rows(v1, _each(T(after)), turn_k, xp)
+    d_v = _shared(d_v, lead, xp) + _rows(phi_k, _each(after[..., : g.shape[-1]]), turn_k, xp)
+    d_before = _arrays.unbroadcast(T(x), tuple(after.shape), xp) + after
     if normalize:
         lost = _sum(d_before[..., :-1] * wide_mu, xp)
         d_before = xp.concat([d_before[..., :-1], d_before[..., -1:] - lost], axis=-1)
 
-    d_state = _arrays.unbroadcast(_arrays.cast(d_before, state[0].dtype, xp), tuple(state[0].shape), xp)
+    d_state = _arrays.cast(d_before, state[0].dtype, xp)
     grads = (d_phi_q, visible(d_phi_k, key_mask, xp), visible(d_v, key_mask, xp))
     finished = (
         _arrays.fill(o, _arrays.cast(_arrays.unbroadcast(d_x, tuple(x.shape), xp), x.dtype, xp))
@@ -148,6 +153,11 @@ def product(a, b, c, start, turn_a, turn_b, span, chunk_size, xp):
     return _nan_where(seen, out, xp), _nan_where(spoiled, total, xp)
 
 
+def _shared(x, lead, xp):
+    """(..., T, A) summed over the leading axes that keys and values do not have."""
+    return _arrays.unbroadcast(x, (*lead, *x.shape[-2:]), xp)
+
+
 def _each(sums):
     """S_0, S_1, ... of sums (..., n, A, C)."""
     return [sums[..., i, :, :] for i in range(sums.shape[-3])]
@@ -188,6 +198,7 @@ def operands(q, k, v, key_mask, normalize, eps, xp):
     dtype = _arrays.accumulator(q, xp)
     phi_q, phi_k, v1 = (_arrays.cast(x, dtype, xp) for x in (q, k, v))
     phi_k, v1 = visible(phi_k, key_mask, xp), visible(v1, key_mask, xp)
+    phi_q, phi_k, v1 = (_arrays.row_major(x) for x in (phi_q, phi_k, v1))
     scale = None
     if normalize:
         v1 = xp.concat([v1, _ones(v1, xp)], axis=-1)
@@ -210,15 +221,21 @@ def _power_of_two(x, xp):
 
 
 def divisor(den, eps, xp):
-    """c, c' = dc/d_den, and which rows have no weight at all (out = 0 and no gradient passes)."""
+    """c, c' = dc/d_den, and which rows have no weight at all (out = 0 and no gradient passes).
+
+    An infinite den makes NaN: finite numerators over it would be 0, a wrong finite number.
+    """
     one, zero = xp.ones_like(den), xp.zeros_like(den)
+    c, slope, dead = den, one, zero > 0
     if eps == "safe":
-        return xp.where(den == 0, one, den), one, den == 0
-    kind, x = eps
-    if kind == "add":
-        return den + x, one, zero > 0
-    low = den < x  # NaN is not low and passes
-    return xp.where(low, xp.full_like(den, x), den), xp.where(low, zero, one), zero > 0
+        dead = den == 0
+        c = xp.where(dead, one, den)
+    elif eps[0] == "add":
+        c = den + eps[1]
+    else:
+        low = den < eps[1]  # NaN is not low and passes
+        c, slope = xp.where(low, xp.full_like(den, eps[1]), den), xp.where(low, zero, one)
+    return xp.where(xp.isinf(c), xp.full_like(c, math.nan), c), slope, dead
 
 
 def visible(x, key_mask, xp):

@@ -46,7 +46,7 @@ def backward(d_out, q, k, v, *, scale, span, offset, key_mask, out, xp, rows=ROW
     s = scale q k^T              d_q = scale d_s k      d_k = scale d_s^T q
     """
     wide_q, wide_k, wide_v = operands(q, k, v, key_mask, xp)
-    g = _arrays.cast(d_out, wide_q.dtype, xp)
+    g = _arrays.row_major(_arrays.cast(d_out, wide_q.dtype, xp))
     finite_q, _ = _split_bad(wide_q, xp)
     finite_k, _ = _split_bad(wide_k, xp)
     finite_g, bad_g = _split_bad(g, xp)
@@ -77,7 +77,7 @@ def backward(d_out, q, k, v, *, scale, span, offset, key_mask, out, xp, rows=ROW
 
 def operands(q, k, v, key_mask, xp):
     q, k, v = (_arrays.cast(x, _arrays.accumulator(x, xp), xp) for x in (q, k, v))
-    return q, visible(k, key_mask, xp), visible(v, key_mask, xp)
+    return tuple(_arrays.row_major(x) for x in (q, visible(k, key_mask, xp), visible(v, key_mask, xp)))
 
 
 def _lead(q, k, v, key_mask):
