@@ -40,7 +40,8 @@ class Report:
     def footer(self) -> str:
         """One line: on what all this was measured."""
         known = self.header["versions"]
-        shown = ", ".join(f"{name} {known[name]}" for name in ("linattn", "numpy", "numba", "python-flint") if name in known)
+        names = [name for name in ("linattn", "numpy", "numba") if name in known]
+        shown = ", ".join(f"{name} {known[name]}" for name in names)
         return (
             f"{shown}, Python {known['python']}; {self.header['processor']}, {self.header['BLAS']}, "
             f"{self.header['mode']} audit of {sum(f.cases for f in self.figures)} results"
@@ -92,7 +93,8 @@ def committed(path: str | None) -> list[Figure]:
     try:
         return verdict.figures_from(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
-        raise Refused(f"`--against` must name a file that can be read, got {path!r} ({error.strerror or error}).") from None
+        reason = error.strerror or error
+        raise Refused(f"`--against` must name a file that can be read, got {path!r} ({reason}).") from None
     except ValueError as error:  # not JSON, or not ours
         raise Refused(f"`--against` must name the JSON of an audit, got {path!r} ({error}).") from None
 
@@ -107,7 +109,7 @@ def audit(
     start = time.perf_counter()
     figures = survey.survey(names, backend=backend, full=full, step=step)
     missing = survey.missing_oracles()
-    notes = notes + [f"The oracle {name} is missing: {reason}; what it judges is left out." for name, reason in missing.items()]
+    notes = notes + [f"{name}: {why}; what this oracle judges is left out." for name, why in missing.items()]
     header = {
         "mode": "full" if full else "quick",
         "seconds": round(time.perf_counter() - start, 1),
@@ -120,7 +122,8 @@ def audit(
         "commit": commit(),
         "missing oracles": missing,
     }
-    return Report(figures, header, verdict.faults(figures) + verdict.grown(figures, before), notes)
+    found = verdict.faults(figures) + verdict.grown(figures, before)
+    return Report(verdict.published(figures), header, found, notes)
 
 
 def flushed() -> bool:
@@ -134,7 +137,8 @@ def commit() -> str:
     if not (root / ".git").exists():
         return "not known"
     try:
-        said = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        command = ["git", "rev-parse", "--short=12", "HEAD"]
+        said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "not known"
     return said.stdout.strip()
@@ -181,4 +185,3 @@ def show(report: Report, console: Console) -> None:
         console.print(Text(fault, style="bold red"))
     verdict_line = f"{len(report.faults)} limits broken." if report.faults else "Every figure is within its limits."
     console.print(Text(verdict_line, style="bold"))
-

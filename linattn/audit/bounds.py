@@ -16,7 +16,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["chunk_of", "depth", "feature_error", "score_error"]

@@ -1,7 +1,7 @@
 """Inputs of the audit: well-scaled ones, and those on which attentions have been seen to fail.
 
-A family is a function `(rng, n, m, d, e, least, most) -> q, k, v` in float64; `least` and `most` are the smallest normal
-and the largest number of the dtype under test. `draw` rounds to that dtype; a family that it cannot hold gives None.
+A family is a function `(rng, n, m, d, e, least, most) -> q, k, v` in float64; `least` and `most`: the smallest normal
+and the largest number of the dtype under test. `draw` rounds to that dtype; where it cannot hold a family, None.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ ALIVE = {"first key alive": 0, "last key alive": -1}
 
 def draw(family: str, rng: np.random.Generator, n: int, m: int, d: int, e: int, dtype: Any) -> Inputs | None:
     """Inputs of that dtype; None where it cannot hold them: something is inf, or q, k or v are all 0 by rounding."""
-    bits, exponent = FORMATS[np.dtype(dtype).name]
+    _, exponent = FORMATS[np.dtype(dtype).name]
     most = 2.0 ** (-exponent + 1) if exponent > -1022 else float(np.finfo(float).max)
     wide = FAMILIES[family](rng, n, m, d, e, 2.0**exponent, most)
     with np.errstate(over="ignore", under="ignore"):

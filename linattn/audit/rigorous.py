@@ -2,7 +2,7 @@
 
 Every number is an interval of 200 bits (python-flint's `arb`), inputs are taken as the exact numbers that they are, and
 what comes out contains the mathematical result, whatever was rounded on the way. Derivatives are coefficients of power
-series: the rule of a mechanism is evaluated on x + h and the coefficient of h is read off, so nothing is derived by hand.
+series: the rule of a mechanism is evaluated on x + h and the coefficient of h is read off. Nothing is derived by hand.
 
     enclose(attend, q, k, v, causal=True, d_out=g)      balls of out, |A| |v|, d_q, d_k, d_v
     distance(got, balls)                                upper bounds of |got - truth|, as floats

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from linattn import _checks, backends
+from linattn import backends
 from linattn.audit import bounds, families, measure, quadratic, rigorous, subjects
 from linattn.audit.truth import KINDS, PASSES, Arithmetic, Truth, extended, missing_extended, truth
 
@@ -279,8 +279,7 @@ def long_figures(case: Case, inputs: families.Inputs, where: list[str]) -> Itera
         want, absolute, oracle = *parts, f"{np.dtype(extended(case.dtype)).name}, {len(rows)} rows"
     arithmetic = Arithmetic(case.dtype, case.attend.normalize)
     error = 2 * bounds.feature_error(case.attend.feature_map, hasattr(case.attend, "length"))
-    by_name = ({"out": x} for x in (want, absolute, error * absolute, np.ones(())))
-    exact = Truth(*by_name)
+    exact = Truth({"out": want}, {"out": absolute}, {"out": error * absolute}, {"out": np.ones(())})
     for backend in where:
         got = results(case, inputs, q, backend)["out"]
         got = got if rows is None else got[rows]
@@ -290,7 +289,12 @@ def long_figures(case: Case, inputs: families.Inputs, where: list[str]) -> Itera
 def audited(names: list[str] | None) -> list[str]:
     """The mechanisms asked for, in any case of letters; by default all. Raises KeyError for one that there is not."""
     known = {name.lower(): name for name in subjects.SUBJECTS}
-    return list(known.values()) if names is None else list(dict.fromkeys(known[name.lower()] for name in names))
+    if names is None:
+        return list(known.values())
+    for name in names:
+        if name.lower() not in known:
+            raise KeyError(name)
+    return list(dict.fromkeys(known[name.lower()] for name in names))
 
 
 def unjudged() -> list[str]:

@@ -43,8 +43,8 @@ def distinct(figures: Iterable[Figure], of: Callable[[Figure], str]) -> list[str
 
 def tables(figures: list[Figure]) -> list[Table]:
     """All tables that these figures fill."""
-    made = [summary(figures), enclosures(figures), narrow(figures), long(figures), *families(figures), unclaimed(figures)]
-    return [table for table in made if table.rows]
+    filled = [*(make(figures) for make in (summary, enclosures, narrow, long)), *families(figures), unclaimed(figures)]
+    return [table for table in filled if table.rows]
 
 
 def summary(figures: list[Figure]) -> Table:
@@ -93,7 +93,8 @@ def narrow(figures: list[Figure]) -> Table:
         for dtype in distinct(mine, lambda f: f.dtype):
             here = [f for f in mine if (f.mechanism, f.dtype) == (name, dtype)]
             out, back = ([f for f in here if (f.passes == "out") == which] for which in (True, False))
-            rows.append([name, dtype, said(worst(out, "ulpmax")), said(worst(out, "ratio")), said(worst(back, "ratio"))])
+            cells = [worst(out, "ulpmax"), worst(out, "ratio"), worst(back, "ratio")]
+            rows.append([name, dtype, *map(said, cells)])
     return Table(
         "16 bits",
         "Sums are in float32 and rounded once: half a unit in the last place (ulp). T is the error over that rounding "
@@ -132,7 +133,8 @@ def families(figures: list[Figure]) -> list[Table]:
                 cells += [said(worst(out, "ratio")), said(worst(out, "werr")), said(worst(out, "nrel")),
                           said(worst(back, "ratio"))]  # fmt: skip
             rows.append([family, *cells])
-        heads = [f"{dtype}: {x}" for dtype in ("float64", "float32") for x in ("T", "werr", "relative", "T of cotangents")]
+        metrics = ("T", "werr", "relative", "T of cotangents")
+        heads = [f"{dtype}: {x}" for dtype in ("float64", "float32") for x in metrics]
         caption = "The worst of both backends, causal and not."
         made.append(Table(name, caption, ["family", *heads], rows))
     return made
@@ -147,7 +149,7 @@ def unclaimed(figures: list[Figure]) -> Table:
             rows.setdefault((f.mechanism, f.family, f.dtype, what, f.note), []).append(f.passes)
     return Table(
         "Not claimed",
-        "Inputs on which something leaves the range of the format, or is no longer small enough for a bound of first order.",
+        "Inputs on which something leaves the range of the format, or is too large for a bound of first order.",
         ["mechanism", "family", "dtype", "of", "why", "results"],
         [[*row, ", ".join(dict.fromkeys(passes))] for row, passes in rows.items()],
     )
@@ -170,7 +172,8 @@ def as_rst(made: list[Table], footer: str) -> str:
     parts = []
     for table in made:
         title = f"``{table.title}``" if "(" in table.title else table.title
-        lines = [title, "-" * len(title), "", table.caption.replace("|", "\\|"), "", ".. list-table::", "   :header-rows: 1", ""]
+        lines = [title, "-" * len(title), "", literal(table.caption), ""]
+        lines += [".. list-table::", "   :header-rows: 1", ""]
         for row in [table.heads, *table.rows]:
             lines += [f"   {'*' if i == 0 else ' '} - {literal(cell)}" for i, cell in enumerate(row)]
         parts.append("\n".join([*lines, ""]))
@@ -178,5 +181,6 @@ def as_rst(made: list[Table], footer: str) -> str:
 
 
 def literal(cell: str) -> str:
-    """What holds code as code."""
-    return f"``{cell}``" if "(" in cell and ")" in cell and "'" in cell or cell.endswith("()") else cell.replace("|", "\\|")
+    """Code as code, and bars as bars."""
+    is_code = cell.endswith(")") and cell.partition("(")[0].isidentifier()
+    return f"``{cell}``" if is_code else cell.replace("|", "\\|")
