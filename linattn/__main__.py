@@ -139,17 +139,16 @@ def audit(arguments: argparse.Namespace) -> int:
     json_file, text_file = writable("--json", arguments.json), writable("--md", arguments.md)
 
     from linattn._cli import audit as job
-    from linattn.audit import survey
 
     names = job.mechanisms(arguments.mechanism)
     notes, before = job.check_backend(arguments.backend, names), job.committed(arguments.against)
     with progress_bar() as bar:
-        task = bar.add_task("", total=sum(1 for _ in survey.cases(names, arguments.full)))
+        task = bar.add_task("", total=job.count_steps(names, arguments.full, arguments.peers))
 
         def step(what: str) -> None:
             bar.update(task, description=what, advance=1)
 
-        report = job.audit(names, arguments.backend, arguments.full, before, notes, step)
+        report = job.audit(names, arguments.backend, arguments.full, before, notes, arguments.peers, step)
     if json_file is not None:
         write(json_file, job.as_json(report))
     if text_file is not None:

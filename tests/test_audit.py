@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,19 @@ from cases import complex_step
 
 import linattn as la
 from linattn.__main__ import main
-from linattn.audit import bounds, families, measure, quadratic, rigorous, subjects, survey, tables, truth, verdict
+from linattn.audit import (
+    bounds,
+    families,
+    measure,
+    peers,
+    quadratic,
+    rigorous,
+    subjects,
+    survey,
+    tables,
+    truth,
+    verdict,
+)
 from linattn.audit.truth import KINDS, PASSES, Arithmetic
 
 VALUES = [attend for subject in subjects.SUBJECTS.values() for attend in subject.values(40)]
@@ -352,6 +365,53 @@ def test_a_missing_oracle_is_said_and_not_replaced(few, monkeypatch, tmp_path, c
     assert not any(f.kind == "balls" for f in verdict.figures_from(json.loads(file.read_text())))
 
 
+# ----------------------------------------------------------------------------------------------------- peers
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_peers_own_formulas_are_distributions_where_they_say_so(causal, rng):
+    q, k, _ = (rng.normal(size=(peers.TOKENS, peers.CHANNELS)) for _ in range(3))
+    for peer in peers.PEERS:
+        if peer.causal == causal and peer.package in ("torch", "jax", "fla-core"):
+            np.testing.assert_allclose(peer.weights(q, k).sum(axis=1), 1, rtol=1e-8)
+
+
+def test_peers_that_are_not_there_say_so(monkeypatch):
+    """Not installed, raising, too slow: one row each, and no exception."""
+    plain = peers.PEERS[0]
+    assert peers.ask(replace(plain, module="no_such_library")) == [
+        peers.Row(plain.name, "", plain.causal, "", None, None, "not installed")
+    ]
+    monkeypatch.setattr(peers, "PEERS", [replace(plain, module="numpy", package="no-such-package")])
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    (row,) = peers.ask(peers.PEERS[0])
+    assert row.said == "raises no message"
+
+
+@pytest.mark.torch
+def test_torch_is_examined_in_a_process_of_its_own():
+    """Exact attention in torch: its error is ours, and a NaN in the last value ruins what came before it."""
+    (peer,) = (peer for peer in peers.PEERS if peer.name == "torch SDPA" and peer.causal)
+    rows = {row.what: row for row in peers.ask(peer)}
+    assert rows["gaussian"].werr < 20
+    assert rows["P1"].relative == 0
+    assert set(rows) == {*peers.FAMILIES, "P1", "P2", "P4", "P8"}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("causal", [False, True])
+def test_we_are_as_accurate_as_pairs_written_out_in_torch(causal, rng):
+    """float32, well scaled: at most twice the error of the quadratic formula, and on deep negatives a thousandth."""
+    (peer,) = (peer for peer in peers.PEERS if peer.name == "torch, elu+1 pairs" and peer.causal == causal)
+    for family, factor in (("gaussian", 2.0), ("v >= 0", 2.0), ("all in (-20, -8)", 1e-3)):
+        q, k, v, _ = families.draw(family, rng, 128, 128, 16, 8, "float32")
+        want = quadratic.FORMULAS["Linear"](q, k, v, causal=causal)
+        theirs = measure.relative_error(peer.call(q, k, v), want)
+        for backend in ("reference", "numba"):
+            ours = measure.relative_error(la.Linear()(q, k, v, causal=causal, backend=backend), want)
+            assert ours <= factor * theirs
+
+
 # ---------------------------------------------------------------------------------------------- as published
 
 
@@ -361,7 +421,7 @@ def test_the_published_tables_are_those_of_the_published_figures():
     figures = verdict.figures_from(data)
     assert data["faults"] == verdict.faults(figures) == []
     page = (folder / "audit.rst").read_text(encoding="utf-8")
-    made = tables.as_rst(tables.tables(figures), "")
+    made = tables.as_rst(tables.tables(figures, [peers.Row(*row) for row in data["peers"]]), "")
     assert page.startswith(made[: made.rindex("**")])
     ratios = [f.ratio for f in figures if f.ratio is not None]
     assert len(ratios) > 1000

@@ -16,7 +16,7 @@ import numpy as np
 from linattn import _checks, backends
 from linattn._cli import Refused
 from linattn._cli.info import THREAD_VARIABLES, numpy_build, processor, versions
-from linattn.audit import subjects, survey, tables, verdict
+from linattn.audit import peers, subjects, survey, tables, verdict
 from linattn.audit.survey import Figure
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Report:
     header: dict[str, Any]
     faults: list[str]
     notes: list[str]
-    peers: list[dict[str, Any]] = field(default_factory=list)
+    peers: list[peers.Row] = field(default_factory=list)
 
     @property
     def footer(self) -> str:
@@ -48,10 +48,11 @@ class Report:
         )
 
     def tables(self) -> list[tables.Table]:
-        return tables.tables(self.figures)
+        return tables.tables(self.figures, self.peers)
 
     def as_data(self) -> dict[str, Any]:
-        return {**verdict.as_data(self.figures, self.header), "faults": self.faults, "peers": self.peers}
+        rows = [list(row) for row in self.peers]
+        return {**verdict.as_data(self.figures, self.header), "faults": self.faults, "peers": rows}
 
 
 # ------------------------------------------------------------------------------------------------- choosing
@@ -102,12 +103,18 @@ def committed(path: str | None) -> list[Figure]:
 # ------------------------------------------------------------------------------------------------- running
 
 
+def count_steps(names: list[str], full: bool, others: bool) -> int:
+    """How many steps `audit` will count."""
+    return sum(1 for _ in survey.cases(names, full)) + (len(peers.PEERS) if others else 0)
+
+
 def audit(
-    names: list[str], backend: str | None, full: bool, before: list[Figure], notes: list[str], step: Step
+    names: list[str], backend: str | None, full: bool, before: list[Figure], notes: list[str], others: bool, step: Step
 ) -> Report:
-    """Measure, and judge."""
+    """Measure, and judge; of other libraries nothing is judged."""
     start = time.perf_counter()
     figures = survey.survey(names, backend=backend, full=full, step=step)
+    theirs = peers.ask_all(step) if others else []
     missing = survey.missing_oracles()
     notes = notes + [f"{name}: {why}; what this oracle judges is left out." for name, why in missing.items()]
     header = {
@@ -123,7 +130,7 @@ def audit(
         "missing oracles": missing,
     }
     found = verdict.faults(figures) + verdict.grown(figures, before)
-    return Report(verdict.published(figures), header, found, notes)
+    return Report(verdict.published(figures), header, found, notes, theirs)
 
 
 def flushed() -> bool:
@@ -167,7 +174,7 @@ def show(report: Report, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    shown = ("Ratio to the bound", "Proved by enclosure")
+    shown = ("Ratio to the bound", "Proved by enclosure", "Other libraries")
     for table in report.tables():
         if table.title not in shown:
             continue

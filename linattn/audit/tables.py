@@ -6,9 +6,10 @@ at hand and carries "<=". "-" is where the bound is not claimed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from linattn.audit.peers import Row
 from linattn.audit.survey import Figure
 
 __all__ = ["Table", "as_markdown", "as_rst", "tables"]
@@ -41,9 +42,14 @@ def distinct(figures: Iterable[Figure], of: Callable[[Figure], str]) -> list[str
     return list(dict.fromkeys(map(of, figures)))
 
 
-def tables(figures: list[Figure]) -> list[Table]:
+def tables(figures: list[Figure], peers: Sequence[Row] = ()) -> list[Table]:
     """All tables that these figures fill."""
-    filled = [*(make(figures) for make in (summary, enclosures, narrow, long)), *families(figures), unclaimed(figures)]
+    filled = [
+        *(make(figures) for make in (summary, enclosures, narrow, long)),
+        *families(figures),
+        unclaimed(figures),
+        others(peers),
+    ]
     return [table for table in filled if table.rows]
 
 
@@ -152,6 +158,22 @@ def unclaimed(figures: list[Figure]) -> Table:
         "Inputs on which something leaves the range of the format, or is too large for a bound of first order.",
         ["mechanism", "family", "dtype", "of", "why", "results"],
         [[*row, ", ".join(dict.fromkeys(passes))] for row, passes in rows.items()],
+    )
+
+
+def others(peers: Sequence[Row]) -> Table:
+    """What else there is, on the same inputs."""
+    rows = []
+    for row in peers:
+        relative = NOTHING if row.relative is None else f"{row.relative:.2g}"
+        werr = NOTHING if row.werr is None else f"{row.werr:.2g}" if row.werr < 100 else f"{row.werr:.3g}"
+        rows.append([row.peer, row.version, "yes" if row.causal else "no", row.what, werr, relative, row.said])
+    return Table(
+        "Other libraries",
+        "float32, 128 tokens, 16 channels, each judged by its own formula in float64. P1: the keys and values from "
+        "token 64 on change; P2: the last value is NaN; P4: the first 64 tokens alone; P8: all values are 1.",
+        ["library", "version", "causal", "inputs", "werr, u A|v|", "relative", "what happens"],
+        rows,
     )
 
 
