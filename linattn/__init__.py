@@ -6,6 +6,7 @@ A mechanism is a small frozen value that is called on arrays; see `CosFormer`, `
 from __future__ import annotations
 
 from linattn import instruments
+from linattn.backends.numba.threads import threads
 from linattn.engines.features import FeatureMap
 from linattn.mechanisms.attention import State
 from linattn.mechanisms.cosformer import CosFormer, cosformer
@@ -27,4 +28,5 @@ __all__ = [
     "load_state",
     "save_state",
     "softmax_attention",
+    "threads",
 ]

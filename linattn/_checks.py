@@ -198,10 +198,6 @@ def cotangent(name: str, d_x: Any, x_name: str, shape: tuple[int, ...], like: Ar
         raise ValueError(f"`{name}` must have the shape of `{x_name}` {tuple(shape)}, got {tuple(d_x.shape)}.")
 
 
-def not_offered(mechanism: Any, what: str, why: str) -> ValueError:
-    return ValueError(f"`{mechanism!r}` cannot {what}: {why}.")
-
-
 # -- positions --------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import pytest
 from cases import MAIN, can_be_causal, values_on_backends
 
 import linattn as la
+from linattn import backends
 
 COS = la.CosFormer(4096)
 
@@ -311,3 +312,109 @@ def test_bfloat16_is_known_by_name():
     assert la.Linear()(*args).dtype == ml_dtypes.bfloat16
     strange = [x.astype(ml_dtypes.float8_e5m2) for x in qkv()]
     refuses(TypeError, r"dtype float8_e5m2.*float64, float32, float16, bfloat16", lambda: la.Linear()(*strange))
+
+
+# -- libraries, devices, rooms ----------------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("attend", MAIN, ids=repr)
+def test_everything_comes_from_one_library(attend):
+    import torch
+
+    q, k, v = qkv()
+    there = [torch.ones(x.shape, dtype=torch.float64) for x in (q, k, v)]
+    refuses(TypeError, r"`out`.*library of the inputs \(numpy\).*torch", lambda: attend(q, k, v, out=there[2]))
+    refuses(TypeError, r"`out`.*library of the inputs \(torch\).*numpy", lambda: attend(*there, out=v.copy()))
+    state, other = attend.init_state(k, v), attend.init_state(*there[1:])
+    refuses(TypeError, r"`state` must hold arrays of numpy, got torch", lambda: attend.step(q, k, v, other))
+    refuses(TypeError, r"`state` must hold arrays of torch, got numpy", lambda: attend.step(*there, state))
+    refuses(TypeError, r"Both states.*one library.*numpy, torch", lambda: attend.merge(state, other))
+    refuses(TypeError, r"`state` must hold NumPy arrays.*torch", lambda: la.save_state("state.npz", other))
+    tokens = torch.arange(5)
+    refuses(TypeError, r"`positions`.*numpy.*torch", lambda: COS(q, k, v, positions=tokens))
+
+
+def test_everything_is_on_one_device():
+    import array_api_strict as xp
+
+    q, k, v = (xp.asarray(x) for x in qkv())
+    refuses(
+        ValueError,
+        r"q, k, v must be on one device, got .*device1",
+        lambda: la.Linear()(q, k.to_device(xp.Device("device1")), v),
+    )
+
+
+@pytest.mark.jax
+def test_nothing_is_written_to_arrays_that_cannot_be():
+    import jax.numpy as jnp
+
+    q, k, v = (jnp.asarray(x, "float32") for x in qkv())
+    refuses(TypeError, r"`out` must be a writeable array", lambda: la.Linear()(q, k, v, out=q))
+    refuses(
+        TypeError,
+        r"`cu_seqlens`.*readable integers.*traced",
+        lambda: la.Linear()(q, k, v, cu_seqlens=jnp.asarray([0, 5])),
+    )
+
+
+def test_masked_edges():
+    edges = np.ma.masked_array([0, 5])
+    refuses(TypeError, r"`cu_seqlens`.*masked array", lambda: la.Linear()(*qkv(), cu_seqlens=edges))
+
+
+@pytest.mark.parametrize("attend", MAIN, ids=repr)
+def test_a_room_that_cannot_serve(attend, monkeypatch):
+    """By name it is an error that says why; left out, the reference room takes over."""
+    args = qkv()
+    want = attend(*args, backend="reference")
+    load = backends.load
+    for reason, error, pattern in (
+        ("no linear engine", ValueError, r"`backend='numba'`: numba has no linear engine; use the reference"),
+        (
+            "ImportError: no llvm",
+            ImportError,
+            r"`backend='numba'` cannot be loaded \(ImportError: no llvm\).*pip install",
+        ),
+    ):
+        monkeypatch.setattr(
+            backends, "load", lambda room, engine, r=reason: r if room == "numba" else load(room, engine)
+        )
+        refuses(error, pattern, lambda: attend(*args, backend="numba"))
+        np.testing.assert_array_equal(attend(*args), want)
+    monkeypatch.setattr(backends, "load", lambda room, engine: "RuntimeError: no driver")
+    monkeypatch.setattr(backends._arrays, "library", lambda x: "cupy")  # no CuPy is needed to be told so
+    extra = r"cannot be loaded.*no driver.*pip install linattn\[gpu\]"
+    refuses(ImportError, extra, lambda: backends.resolve("cupy", args[0], "linear"))
+
+
+# -- nothing is done --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attend, backend", values_on_backends(MAIN))
+def test_a_refused_call_writes_nothing(attend, backend):
+    """Neither to `out` nor to a state: both are as they were, and the next call is right."""
+    q, k, v = (np.arange(10.0).reshape(5, 2) / (i + 1) for i in range(3))
+    room, grads = np.full((5, 2), 7.0), tuple(np.full((5, 2), 7.0) for _ in range(3))
+    for options, error, _ in BAD_OPTIONS.values():
+        with pytest.raises(error):
+            attend(q, k, v, **({"out": room, "backend": backend} | options))
+    _, backward = attend.vjp(q, k, v, backend=backend)
+    for d_out in (np.ones((4, 2)), np.ones((5, 2), "float32"), [1.0]):
+        with pytest.raises((TypeError, ValueError)):
+            backward(d_out, out=grads)
+    fixed = np.zeros((5, 2))
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        backward(np.ones((5, 2)), out=(*grads[:2], fixed))
+    for x in (room, *grads):
+        np.testing.assert_array_equal(x, 7.0)
+
+    _, state = attend.step(q, k, v, attend.init_state(k, v), backend=backend)
+    kept = [None if x is None else x.copy() for x in state.arrays]
+    for bad in ((q[:3], k, v), (q, k, v[:, :1]), (q.astype("float32"), k, v), ([1.0], k, v)):
+        with pytest.raises((TypeError, ValueError)):
+            attend.step(*bad, state, backend=backend)
+    for x, y in zip(state.arrays, kept, strict=True):
+        np.testing.assert_array_equal(x, y)
