@@ -82,7 +82,7 @@ def has_room(backend, engine):
 
 
 def engine_of(attend):
-    return "softmax" if isinstance(attend, la.Softmax) else "linear"
+    return {"Softmax": "softmax", "Combiner": "combiner"}.get(type(attend).__name__, "linear")
 
 
 def backends_of(attend):
@@ -135,6 +135,13 @@ VALUES = [
     la.CosFormer(align="stretch"),
     la.Softmax(),
     la.Softmax(scale=0.25),
+    la.Combiner(span=4),
+    la.Combiner("logsparse", size_bias=True),
+    la.Combiner("axial_vertical", width=4),
+    la.Combiner("axial_horizontal", width=3, pool="mean"),
+    la.Combiner("axial_rowmajor", width=4, row_key="wsum", scale=0.25),
+    la.Combiner("mixture", width=4),
+    la.Combiner("mixture", width=4, mix="joint"),
 ]
 MAIN = [la.Linear(), la.CosFormer(LENGTH), la.Softmax()]
 FEATURE_ERROR = {  # e_phi / u
@@ -155,9 +162,13 @@ def can_be_causal(attend):
     return not is_cosformer(attend) or attend.length is not None
 
 
+def is_combiner(attend):
+    return isinstance(attend, la.Combiner)
+
+
 def is_distribution(attend):
     """Rows of weights are non-negative and sum to 1, or to 0 where nothing is seen."""
-    return isinstance(attend, la.Softmax) or (attend.normalize and attend.eps == "safe")
+    return isinstance(attend, (la.Softmax, la.Combiner)) or (attend.normalize and attend.eps == "safe")
 
 
 def error_bound(attend, n_tokens, n_channels):
@@ -195,6 +206,8 @@ class Case:
         """Whether the mechanism can do it."""
         if is_cosformer(self.attend):
             return self.attend.length is not None or not (self.causal or self.masked or self.moved)
+        if is_combiner(self.attend) and (self.n != self.m or (self.attend.mix == "joint" and not self.causal)):
+            return False
         return not self.moved
 
     @property

@@ -152,14 +152,14 @@ class Combiner(Attention):
 
     def _refuse(self, call: Call, streaming: bool) -> None:
         if self.mix == "joint" and not call.causal:
-            raise _checks.not_offered(self, "attend to later tokens", "the joint mixture is causal")
+            raise ValueError(f"`{self!r}` must be causal: the joint mixture has no other form, got causal=False.")
         if not streaming:
             return
         if isinstance(self.pattern, Plan):
             raise ValueError("`Combiner` of a plan cannot be streamed: a plan is of a fixed number of tokens.")
         if SIZES[self.pattern] is not None and self._size is None:
             name = SIZES[self.pattern]
-            raise _checks.not_offered(self, "be streamed", f"give `{name}`, its default depends on the length")
+            raise ValueError(f"`{self!r}` cannot be streamed: give `{name}`, whose default depends on the length.")
         if call.backend not in (None, "reference"):
             raise _checks.backend_lacks(call.backend, "steps of Combiner")
 

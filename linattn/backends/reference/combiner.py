@@ -45,7 +45,8 @@ def backward(d_out, q, sources, *, mixing, scale, xp):
     n, T = mixing.n_queries, xp.matrix_transpose
     finite_q, _ = split_bad(q, xp)
     finite_g, bad_g = split_bad(d_out, xp)
-    parts, mean = [], xp.zeros_like(d_out[..., :1])
+    parts = []
+    mean = xp.zeros((*d_out.shape[:-1], 1), dtype=d_out.dtype, device=_arrays.device(d_out))
     for block, p, seen in probabilities(q, sources, mixing, scale, xp):
         d_p = xp.matmul(view(d_out, block.queries, xp), T(view(sources[block.source][1], block.keys, xp)))
         d_p = xp.where(seen, d_p, xp.zeros_like(d_p))
