@@ -369,7 +369,8 @@ def forward_kernel(salt):
                     advance(n, slices, F, S_step, Q, 0, Fp, K, 0, Fp, values, values_at, values_stride,
                             S, 0, 2 * cols, W, 0, 0, Y, 0, Ep,
                             q, q_at + (c + CHUNK) * q_stride, q_stride, k, k_at + (c + CHUNK) * k_stride, k_stride,
-                            v, v_at + (c + CHUNK) * v_stride, v_stride)  # fmt: skip
+                            v, v_at + (c + CHUNK) * v_stride, v_stride,
+                            out, (head * N + c) * E_all + column, E_all)  # fmt: skip
                     if (c + CHUNK) % SETTLE == 0:
                         settle(slices * S_rows, NV, S, 0, 2 * cols)
                         settle(1, Fp // cols * NV, ZE, 0, 0)
@@ -513,7 +514,8 @@ def backward_kernel(salt):
                     p = c + CHUNK
                     advance(n, S_slices, E, S_step, G, 0, Ep, V, 0, Ep, K, 0, Fp, S, 0, 2 * cols, W, 0, 0, Y, 0, Fp,
                             q, q_at + p * q_stride, q_stride, k, k_at + p * k_stride, k_stride,
-                            v, v_at + p * v_stride, v_stride, d_out, g_at + p * g_stride, g_stride)  # fmt: skip
+                            v, v_at + p * v_stride, v_stride, d_out, g_at + p * g_stride, g_stride,
+                            d_q, (den_at + c) * D, D)  # fmt: skip
                     if (c + CHUNK) % SETTLE == 0:
                         settle(S_slices * S_rows, NV, S, 0, 2 * cols)
                 else:
@@ -572,12 +574,13 @@ def backward_kernel(salt):
                         pairs_back(n, Fp, False, K, 0, Fp, Q, 0, Fp, RE, 0, Fp, W, 0, 0, dots, 0, 1)
                         retreat(n, X_slices, F, X_step, K, 0, Fp, Q, 0, Fp, G, 0, Ep, X, 0, 2 * cols, W, 0, 0,
                                 U, 0, Ep, v, v_at + p * v_stride, v_stride,
-                                d_out, g_at + p * g_stride, g_stride)  # fmt: skip
+                                d_out, g_at + p * g_stride, g_stride, d_v, (j * M + c) * E, E)  # fmt: skip
                     if make_k:
                         pairs_back(n, Ep, False, V, 0, Ep, G, 0, Ep, RE, 0, Fp, W, 0, 0, dots, 0, 1)
                         retreat(n, right - left, E, S_step, V, 0, Ep, G, 0, Ep, Q, column, Fp,
                                 S, left * S_step, 2 * cols, W, 0, 0, Y, column, Fp,
-                                q, q_at + p * q_stride, q_stride, k, k_at + p * k_stride, k_stride)  # fmt: skip
+                                q, q_at + p * q_stride, q_stride, k, k_at + p * k_stride, k_stride,
+                                d_k, (j * M + c) * D + column, D)  # fmt: skip
                         if normalize:
                             add_later(n, (right - left) * cols, Q, column, Fp, RE, column, Fp, h, c, 1,
                                       Y, column, Fp)  # fmt: skip

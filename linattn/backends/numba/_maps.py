@@ -154,11 +154,17 @@ def row_powers(v, sizes, memories):
         def scale(w, first, last, factor):
             w.loop(first, last, w.lanes, [], lambda x, _: phi.store(w, w.mul(phi.load(w, start, x), factor), start, x))
 
-        in_vectors = v.fold(largest(v, I64(0), whole, v.int_const(0)), v.larger)
-        factor = _power(one, largest(one, whole, width, in_vectors))
-        power.store(one, factor, t)
-        with b.if_then(b.fcmp_unordered("!=", factor, one.one)):
-            scale(v, I64(0), whole, v.spread(factor))
-            scale(one, whole, width, factor)
+        lanes = largest(v, I64(0), whole, v.int_const(0))
+        ends = [_bits(2.0**e, v.bits) for e in WINDOW]
+        big, low = (v.any(b.icmp_signed(">=", lanes, v.int_const(end))) for end in (ends[1], ends[0]))
+        power.store(one, one.one, t)
+        # most rows are in the window and have no rest behind their vectors: one look at all lanes tells
+        settled = b.and_(b.and_(low, b.not_(big)), b.icmp_signed("==", whole, width))
+        with b.if_then(b.not_(settled)):
+            factor = _power(one, largest(one, whole, width, v.fold(lanes, v.larger)))
+            with b.if_then(b.fcmp_unordered("!=", factor, one.one)):
+                power.store(one, factor, t)
+                scale(v, I64(0), whole, v.spread(factor))
+                scale(one, whole, width, factor)
 
     v.loop(I64(0), count, 1, [], row)

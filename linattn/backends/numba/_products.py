@@ -90,12 +90,12 @@ def _make_pairs(back):
 
 def _make_blocks(back):
     def blocks(v, sizes, memories):
-        """advance(count, slices, rows, step, B, A, C, S, W, O, *next): the primitive for a chunk of tokens, from the
-        first block to the last or, back, from the last to the first, slice of columns by slice.
+        """advance(count, slices, rows, step, B, A, C, S, W, O, *next, result): the primitive for a chunk, from the
+        first block of tokens to the last or, back, from the last to the first, slice of columns by slice.
 
         b[t ldb + x], a[t lda + x], c[t ldc + column], o[t ldo + column]; row x of slice n is
-        s[n step + x lds : ... + 2 NV L], S left and E right of it. Of the arrays `next`, a cache line of each token is
-        asked for with every slice, so that they are near when their turn comes.
+        s[n step + x lds : ... + 2 NV L], S left and E right of it. Of the arrays `next` and `result` a cache line of
+        each token is asked for with every slice, so that they are near when they are read or, `result`, written.
         """
         count, slices, rows, step = sizes
         (bb, ldb), (aa, lda), (cc, ldc), (ss, lds), (ww, _), (oo, ldo), *ahead = memories
@@ -112,7 +112,7 @@ def _make_blocks(back):
             for m, stride in ahead:
                 start = b.add(b.mul(first, stride), column)
                 for t in range(T):
-                    m.ask(start, (t, stride))
+                    m.ask(start, (t, stride), to_write=m is ahead[-1][0])
             value = [[cc.load(v, c_start, (t, ldc), k * v.lanes) for k in range(NV)] for t in range(T)]
             left = [bb.behind(b_start, (t, ldb)) for t in range(T)]
             right = [aa.behind(a_start, (t, lda)) for t in range(T)]

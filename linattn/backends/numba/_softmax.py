@@ -16,13 +16,13 @@ from ._maps import exp
 from ._products import product, product_add, settle
 from ._rows import add_rows, centre_rows, clear_rows, copy_rows, divide_rows, scale_rows, scale_rows_add, transpose
 from ._tiles import TILE
-from ._vector import I64, behind, operation, pointer, rowwise
+from ._vector import I64, behind, operation, pointer, rowwise, select_pointer, stored_alike
 
 __all__ = ["SIDE", "backward_kernel", "forward_kernel", "scratch_size"]
 
 NV, ROWS, N_BYTES = TILE.vectors, TILE.rows, TILE.n_bytes
 SIDE = 48 if 48 % TILE.columns(4) == 0 else 96  # whole tiles of matrix products, by rows and by columns
-SETTLED_TILES = 2
+SETTLED_TILES = 4
 
 
 def scratch_size(n_features: int, n_values: int, columns: int) -> int:
@@ -99,6 +99,23 @@ def _product_sum(v, numbers, known, carried):
     return [product], [v.add(carried[0], product)]
 
 
+@operation
+def rescale_rows(v, sizes, memories):
+    """rescale_rows(count, width, factor, x): x[t] *= factor[t], rows whose factor is 1 passed over."""
+    count, width = sizes
+    (factors, _), (xx, stride) = memories
+    b, one = v.b, v.single()
+
+    def row(t, _):
+        factor = factors.load(one, t)
+        start = b.mul(t, stride)
+        with b.if_then(b.fcmp_unordered("!=", factor, one.one)):
+            f = v.spread(factor)
+            v.loop(I64(0), width, v.lanes, [], lambda x, _: xx.store(v, v.mul(f, xx.load(v, start, x)), start, x))
+
+    v.loop(I64(0), count, 1, [], row)
+
+
 # largest(count, width, P, top); exp_sum(count, width, P, base, total): P = exp(P - base), total += its column sums;
 # product_sum(count, width, dP, P, mean): dP *= P, mean += its column sums
 largest = _columnwise(0, 1, lambda v, x, _, top: ([], [v.where(v.compare(x[0], ">", top[0]), x[0], top[0])]))
@@ -114,9 +131,9 @@ def transposed(x, count, width, padded, out):
 
 
 @helper
-def scores(a, count, padded, b, width, cols, out):
+def scores(a, a_at, a_stride, count, b, width, cols, out):
     """out[m, :] = a[m] . b[:, :], b transposed."""
-    product(width, padded, count, SIDE // cols, cols, cols, a, 0, 1, b, 0, SIDE, out, 0, SIDE)
+    product(width, a_stride, count, SIDE // cols, cols, cols, a, a_at, 1, b, 0, SIDE, out, 0, SIDE)
 
 
 @helper
@@ -125,28 +142,20 @@ def hidden(mask, at, stride, s, masked):
 
 
 @helper
-def worth_less(factor, count):
-    """Whether any earlier sum must be rescaled."""
-    changed = 0
-    for t in range(count):
-        changed += factor[t] != 1
-    return changed > 0
-
-
-@helper
-def add_seen(p, n_queries, n_keys, ahead, y, padded, cols, out):
+def add_seen(p, n_queries, n_keys, ahead, y, y_at, y_stride, padded, cols, out):
     """out[t] += sum over the keys s <= t + ahead of p[s, t] y[s]: common keys by tiles, the rest key by key."""
     if ahead >= n_keys - 1:
-        product_add(n_keys, 1, n_queries, padded // cols, cols, cols, p, 0, SIDE, y, 0, padded, out, padded, 2 * padded)
+        product_add(n_keys, 1, n_queries, padded // cols, cols, cols, p, 0, SIDE, y, y_at, y_stride,
+                    out, padded, 2 * padded)  # fmt: skip
         return
     for t in range(0, n_queries, ROWS):
         common = max(0, min(n_keys, t + ahead + 1))
-        product_add(common, 1, ROWS, padded // cols, cols, cols, p, t, SIDE, y, 0, padded,
+        product_add(common, 1, ROWS, padded // cols, cols, cols, p, t, SIDE, y, y_at, y_stride,
                     out, t * 2 * padded + padded, 2 * padded)  # fmt: skip
         for m in range(t, min(n_queries, t + ROWS)):
             there = m * 2 * padded + padded
             for s in range(common, max(common, min(n_keys, m + ahead + 1))):
-                scale_rows_add(1, padded, p, s * SIDE + m, 0, y, s * padded, 0, out, there, 0, out, there, 0)
+                scale_rows_add(1, padded, p, s * SIDE + m, 0, y, y_at + s * y_stride, 0, out, there, 0, out, there, 0)
 
 
 @helper
@@ -215,11 +224,18 @@ def forward_kernel(salt):
                 for b in range(0, seen, SIDE):
                     m = min(SIDE, M - b)
                     ahead = c + offset - b if causal else SIDE
-                    copy_rows(m, D, k, k_at + b * k_stride, k_stride, K, 0, Dp)
-                    copy_rows(m, E, v, v_at + b * v_stride, v_stride, V, 0, Ep)
+                    direct = stored_alike(k, K) and m == SIDE
+                    direct_v = direct and not masked and Ep == E
+                    if not direct:
+                        copy_rows(m, D, k, k_at + b * k_stride, k_stride, K, 0, Dp)
+                    if not direct_v:
+                        copy_rows(m, E, v, v_at + b * v_stride, v_stride, V, 0, Ep)
+                    keys, seen_values = select_pointer(direct, k, K), select_pointer(direct_v, v, V)
+                    keys_at, keys_stride = (k_at + b * k_stride, k_stride) if direct else (0, Dp)
+                    values_at, values_stride = (v_at + b * v_stride, v_stride) if direct_v else (0, Ep)
                     if masked:
                         hide(mask, mask_at + b * mask_stride, mask_stride, m, V, Ep)
-                    scores(K, m, Dp, QT, D, cols, P)
+                    scores(keys, keys_at, keys_stride, m, QT, D, cols, P)
                     if masked or ahead < m - 1:
                         for s in range(m):
                             blind = n if hidden(mask, mask_at, mask_stride, b + s, masked) else min(n, s - ahead)
@@ -228,11 +244,10 @@ def forward_kernel(salt):
                     copy_rows(1, SIDE, top, 0, 0, base, 0, 0)
                     largest(m, SIDE, P, 0, SIDE, top, 0, 0)
                     shift_rows(1, SIDE, base, 0, 0, top, 0, 0, base, 0, 0, factor, 0, 0)
-                    if worth_less(factor, n):
-                        multiply_rows(2, SIDE, total, 0, SIDE, factor, 0, 0, total, 0, SIDE)
-                        scale_rows(n, 2 * Ep, factor, 0, 1, Y, 0, 2 * Ep, Y, 0, 2 * Ep)
+                    multiply_rows(2, SIDE, total, 0, SIDE, factor, 0, 0, total, 0, SIDE)
+                    rescale_rows(n, 2 * Ep, factor, 0, 1, Y, 0, 2 * Ep)
                     exp_sum(m, SIDE, P, 0, SIDE, base, 0, 0, total, SIDE, 0)
-                    add_seen(P, n, m, ahead, V, Ep, cols, Y)
+                    add_seen(P, n, m, ahead, seen_values, values_at, values_stride, Ep, cols, Y)
                     if b // SIDE % SETTLED_TILES == SETTLED_TILES - 1:
                         settle(SIDE, Ep // lanes, Y, 0, 2 * Ep)
                         settle(1, SIDE // lanes, total, 0, 0)
@@ -319,13 +334,17 @@ def backward_kernel(salt):
                 for b in range(0, seen, SIDE):
                     m = min(SIDE, M - b)
                     ahead = c + offset - b if causal else SIDE
-                    copy_rows(m, D, k, k_at + b * k_stride, k_stride, K, 0, Dp)
+                    direct = stored_alike(k, K) and m == SIDE and not masked and Dp == D
+                    if not direct:
+                        copy_rows(m, D, k, k_at + b * k_stride, k_stride, K, 0, Dp)
+                    keys = select_pointer(direct, k, K)
+                    keys_at, keys_stride = (k_at + b * k_stride, k_stride) if direct else (0, Dp)
                     centre_rows(m, E, v, v_at + b * v_stride, v_stride, mu, 0, 0, V, 0, Ep)
                     if masked:
                         hide(mask, mask_at + b * mask_stride, mask_stride, m, K, Dp)
                         hide(mask, mask_at + b * mask_stride, mask_stride, m, V, Ep)
-                    scores(K, m, Dp, QT, D, cols, P)
-                    scores(V, m, Ep, GT, E, cols, dP)
+                    scores(keys, keys_at, keys_stride, m, QT, D, cols, P)
+                    scores(V, 0, Ep, m, GT, E, cols, dP)
                     if masked or ahead < m - 1:
                         for s in range(m):
                             blind = n if hidden(mask, mask_at, mask_stride, b + s, masked) else min(n, s - ahead)
@@ -335,14 +354,13 @@ def backward_kernel(salt):
                     copy_rows(1, SIDE, top, 0, 0, base, 0, 0)
                     largest(m, SIDE, P, 0, SIDE, top, 0, 0)
                     shift_rows(1, SIDE, base, 0, 0, top, 0, 0, base, 0, 0, factor, 0, 0)
-                    if worth_less(factor, n):
-                        multiply_rows(4, SIDE, total, 0, SIDE, factor, 0, 0, total, 0, SIDE)
-                        scale_rows(n, 2 * Dp, factor, 0, 1, Y, 0, 2 * Dp, Y, 0, 2 * Dp)
-                        scale_rows(n, 2 * Dp, factor, 0, 1, Z, 0, 2 * Dp, Z, 0, 2 * Dp)
+                    multiply_rows(4, SIDE, total, 0, SIDE, factor, 0, 0, total, 0, SIDE)
+                    rescale_rows(n, 2 * Dp, factor, 0, 1, Y, 0, 2 * Dp)
+                    rescale_rows(n, 2 * Dp, factor, 0, 1, Z, 0, 2 * Dp)
                     exp_sum(m, SIDE, P, 0, SIDE, base, 0, 0, total, SIDE, 0)
                     product_sum(m, SIDE, dP, 0, SIDE, P, 0, SIDE, mean, SIDE, 0)
-                    add_seen(dP, n, m, ahead, K, Dp, cols, Y)
-                    add_seen(P, n, m, ahead, K, Dp, cols, Z)
+                    add_seen(dP, n, m, ahead, keys, keys_at, keys_stride, Dp, cols, Y)
+                    add_seen(P, n, m, ahead, keys, keys_at, keys_stride, Dp, cols, Z)
                     if b // SIDE % SETTLED_TILES == SETTLED_TILES - 1:
                         settle(2 * SIDE, Dp // lanes, Y, 0, 2 * Dp)
                         settle(2, SIDE // lanes, total, 0, 2 * SIDE)
@@ -373,8 +391,8 @@ def backward_kernel(salt):
                     ahead = c + offset - b if causal else SIDE
                     scale_rows(n, D, constants, 1, 0, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
                     copy_rows(n, E, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
-                    scores(Q, n, Dp, QT, D, cols, P)
-                    scores(G, n, Ep, GT, E, cols, dP)
+                    scores(Q, 0, Dp, n, QT, D, cols, P)
+                    scores(G, 0, Ep, n, GT, E, cols, dP)
                     weight_rows(n, m, tops, c, 1, totals, c, 1, means, c, 1,
                                 P, 0, SIDE, dP, 0, SIDE, P, 0, SIDE, dP, 0, SIDE)  # fmt: skip
                     add_seeing(dP, n, m, ahead, Q, Dp, cols, Y)

@@ -42,7 +42,7 @@ TILES = {
     "portable": Tile("portable", 16, 2, 2, 2, True, False),
 }
 
-CHUNK = 48  # tokens a prologue prepares: a multiple of every tile's tokens and rows
+CHUNK = 24  # tokens a prologue prepares: a multiple of every tile's tokens and rows
 SETTLE = 96  # tokens between two times the rest of a state is carried over to its sums
 
 

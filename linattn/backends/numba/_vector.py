@@ -115,6 +115,11 @@ class Emitter:
         """The larger of two integers."""
         return self.b.select(self.b.icmp_signed(">", x, y), x, y)
 
+    def any(self, condition):
+        """Whether a condition holds in any lane."""
+        mask = ir.IntType(self.lanes)
+        return self.b.icmp_unsigned("!=", self.b.bitcast(condition, mask), mask(0))
+
     def spread(self, number):
         """A single number in every lane."""
         if self.lanes == 1:
@@ -197,11 +202,11 @@ class Memory:
         further.base = self.at(*offsets)
         return further
 
-    def ask(self, *offsets):
+    def ask(self, *offsets, to_write=False):
         """Have the cache line there on its way; harmless behind an array's end."""
         kind = ir.FunctionType(ir.VoidType(), [I8P, I32, I32, I32])
         address = self.b.bitcast(self.at(*offsets), I8P)
-        self.b.call(declare(self.b, "llvm.prefetch.p0", kind), [address, I32(0), I32(2), I32(1)])
+        self.b.call(declare(self.b, "llvm.prefetch.p0", kind), [address, I32(int(to_write)), I32(2), I32(1)])
 
     def at(self, *offsets):
         """The address behind the sum of offsets: integers, IR values, or pairs to multiply."""
