@@ -23,6 +23,7 @@ CASES = [case for case in MAIN_CASES if case.d == 5 and (case.masked or case.mov
 CASES = [
     case for case in CASES if not case.packed or case.attend == la.Softmax()
 ]  # a call of a shape takes JAX seconds
+CASES += [Case(attend, causal=causal, n=70, m=70) for attend in MAIN for causal in (False, True)]  # beyond one chunk
 
 
 def converted(xp, *arrays):
@@ -76,7 +77,7 @@ def test_streams(xp, attend, rng):
     want = attend(q, k, v, causal=True)
     q, k, v = converted(xp, q, k, v)
     state, parts = attend.init_state(k, v), []
-    for a, b in ((0, 2), (2, 4)):
+    for a, b in ((0, 2), (2, 2), (2, 4)):
         out, state = attend.step(q[:, a:b, ...], k[:, a:b, ...], v[:, a:b, ...], state)
         parts.append(numpy_of(out))
     assert_close(np.concatenate(parts, axis=1), want)
