@@ -1,4 +1,4 @@
-"""What only the compiled CPU kernels promise: their machine code, number formats, threads, and a cache that never hurts."""
+"""What only the compiled kernels promise: their machine code, number formats, threads, a cache that never hurts."""
 
 from __future__ import annotations
 
