@@ -299,11 +299,12 @@ def real_array(name: str, value: Any, least_axes: int) -> np.ndarray:
         readable(name, value)
         value = _arrays.to_numpy(value)
     try:
-        x = np.array(value, dtype=np.float64)
+        raw = np.array(value)
+        x = raw.astype(np.float64) if raw.dtype.kind != "c" else raw
     except (TypeError, ValueError):
         raise TypeError(f"`{name}` must hold real numbers, got {type(value).__name__}.") from None
-    if np.iscomplexobj(value):
-        raise TypeError(f"`{name}` must hold real numbers, got dtype {value.dtype}.")
+    if raw.dtype.kind == "c":
+        raise TypeError(f"`{name}` must hold real numbers, got dtype {raw.dtype}.")
     if x.ndim < least_axes or 0 in x.shape[-least_axes:]:
         raise ValueError(f"`{name}` must have at least {least_axes} axes, none of them empty, got shape {x.shape}.")
     if not np.all(np.isfinite(x)):

@@ -1,12 +1,11 @@
-"""Performer: its features, its options, how it is fitted to data, and what its peers get wrong.
+"""Performer: its features, its projection, how it is fitted to data, and its other kernels.
 
-Its theorems by simulation: test_statistics.py. Values, gradients and streams over all mechanisms: the other files.
+Its theorems: test_statistics.py; beside others: test_performer_peers.py; as a value: test_performer_values.py.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,9 @@ from cases import TINY, assert_bits, assert_close, assert_gradients_close, backe
 import linattn as la
 from linattn import instruments
 from linattn.audit import performer as formulas
-from linattn.audit.quadratic import Formula, formula_of
+from linattn.audit.quadratic import formula_of
 from linattn.mechanisms.attention import Call
 
-PEER = np.load(Path(__file__).parent / "data" / "performer_pytorch.npz")
 REAL = np.load(Path(la.__file__).parent / "data" / "minilm_qkv.npz")
 POSITIVE = ["positive", "hyperbolic", "oprf", "sderf"]
 GENERAL = ["relu", "elu1", "exp", "sigmoid", "abs", "square"]
@@ -57,7 +55,10 @@ def test_every_feature_map_is_its_formula(features, rng):
     formula, w = formula_of(attend), attend.matrix(6)
     tolerance = 1e-12 if features in SIGNED else 1e-13  # small denominators
     want = complex_step(
-        lambda q, k, v, w: formula(q, k, v, causal=True, key_mask=mask, projection=w), [*args, w], d_out, one_by_one=True
+        lambda q, k, v, w: formula(q, k, v, causal=True, key_mask=mask, projection=w),
+        [*args, w],
+        d_out,
+        one_by_one=True,
     )
     for backend in backends_of(attend):
         with quiet():
@@ -155,7 +156,7 @@ def test_hyperbolic_is_positive_with_both_signs(rng):
 
 
 def test_centred_keys_are_importance_sampling(rng):
-    """W (y - c) - |y - c|^2 / 2 = (W + c) y - |y|^2 / 2 - w.c - |c|^2 / 2: rows of N(c, I), weighed by their likelihood.
+    """(y - c) W - |y - c|^2 / 2 = y (W + c) - |y|^2 / 2 - w.c - |c|^2 / 2: rows of N(c, I) with their likelihood.
 
     On the other side w.x = (w + c).x - c.x, and c.x is a constant of the row.
     """
@@ -206,7 +207,7 @@ def test_a_norm_that_overflows_is_not_dropped(rng):
     assert np.isnan(out[:, 5:]).all()
 
 
-# -- the projection ---------------------------------------------------------------------------------------------------
+# -- the projection --------------------------------------------------------------------------------------------------
 
 
 def test_the_matrix_is_drawn_once_from_the_seed(rng):
@@ -273,7 +274,7 @@ def test_torch_differentiates_calibrated_features(rng):
         assert_close(d_w, attend.projection_vjp(*args, causal=True)[1](d_out)[3], 1e-12)
 
 
-# -- fitted to data ---------------------------------------------------------------------------------------------------
+# -- fitted to data --------------------------------------------------------------------------------------------------
 
 
 def moved(x, y, calibration):
@@ -300,7 +301,9 @@ def test_calibration_leaves_softmax_and_attains_its_phi(rule, rng):
     assert np.all(best < phi(x, y))
     cov_x, cov_y = (np.array([np.cov(z.T, bias=True) for z in zs]) for zs in (x, y))
     if rule == "scale":
-        closed = 2 * np.sum(np.sqrt(np.diagonal(cov_x, axis1=-2, axis2=-1) * np.diagonal(cov_y, axis1=-2, axis2=-1)), -1)
+        closed = 2 * np.sum(
+            np.sqrt(np.diagonal(cov_x, axis1=-2, axis2=-1) * np.diagonal(cov_y, axis1=-2, axis2=-1)), -1
+        )
         np.testing.assert_allclose(best, closed, rtol=1e-7)
     if rule == "full":
         values = [np.linalg.eigvals(a @ b) for a, b in zip(cov_x, cov_y, strict=True)]
@@ -363,9 +366,7 @@ def test_fitted_features_lower_the_variance(features, rng):
         for seed in range(200):
             fresh = replace(attend, seed=seed)
             w = fresh.matrix(6)
-            lq, lk = formulas.log_features(
-                *pairs, projection=w, features=fresh.features, calibration=fresh.calibration
-            )
+            lq, lk = formulas.log_features(*pairs, projection=w, features=fresh.features, calibration=fresh.calibration)
             x = pairs[0] / 6**0.25
             a = np.exp(lq + lk - np.sum(x * x, -1, keepdims=True) / 2)
             if features == fresh.features:  # the constant that cancels in attention
@@ -400,85 +401,6 @@ def test_the_accurate_preset_on_real_heads():
     assert found["plain", 2] > 1
 
 
-# -- beside performer-pytorch and google's code -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_compatibility_form_is_the_package(causal):
-    """performer-pytorch 1.1.4, from its own matrix: forward and gradients to 1e-10."""
-    which = "causal" if causal else "all"
-    formula = Formula(formulas.performer_pytorch, projection=PEER["projection"])
-    args, d_out = [PEER[name] for name in "qkv"], PEER["d_out"]
-    assert_close(formula(*args, causal=causal), PEER[f"out_{which}"], 1e-10)
-    want = [PEER[f"{name}_{which}"] for name in ("d_q", "d_k", "d_v")]
-    got = complex_step(lambda *moved: formula(*moved, causal=causal), args, d_out, one_by_one=True)
-    assert_gradients_close(got, want, 1e-10)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_we_differ_from_the_package_by_its_eps(causal):
-    """With its eps at 0 (and, causal, its 1e-6) the same weights; the difference falls in proportion to eps."""
-    args = [PEER[name] for name in "qkv"]
-    ours = la.Performer(projection=PEER["projection"])(*args, causal=causal)
-    errors = []
-    for eps in (1e-4, 1e-5, 1e-6):
-        formula = Formula(formulas.performer_pytorch, projection=PEER["projection"], eps=eps)
-        out = formula(*args, causal=False) if not causal else without_its_guard(formula, args, eps)
-        errors.append(np.linalg.norm(out - ours))
-    assert errors[0] / errors[1] == pytest.approx(10, rel=0.15)
-    assert errors[1] / errors[2] == pytest.approx(10, rel=0.05)
-    none = Formula(formulas.performer_pytorch, projection=PEER["projection"], eps=0.0)
-    assert_close(ours, none(*args) if not causal else without_its_guard(none, args, 0.0), 1e-12)
-
-
-def without_its_guard(formula, args, eps):
-    """The causal form without the 1e-6 sum_r phi_q: rows made to sum to 1."""
-    a = formula.weights(*args[:2], causal=True)
-    return (a / np.sum(a, axis=-1, keepdims=True)) @ args[2]
-
-
-def test_no_eps(rng):
-    """At D = 64 and N(0, 1) the package's eps is nearly all of the mass of a key: its output is the mean of v."""
-    q, k, v = gaussian(rng, n=256, d=64, e=8, lead=())
-    w = la.draw_projection(256, 64, seed=0)
-    _, phi_k = formulas.plain_features(q, k, w, 1e-4)
-    share = np.median(1e-4 * 256**-0.5 / phi_k)
-    assert share > 0.99
-    theirs = Formula(formulas.performer_pytorch, projection=w)(q, k, v)
-    mean = np.broadcast_to(v.mean(0), v.shape)
-    ours = la.Performer(projection=w)(q, k, v)
-    assert np.linalg.norm(theirs - mean) < 0.2 * np.linalg.norm(ours - mean)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_rows_sum_to_one(causal, rng):
-    """Where google's guard against small denominators fires in most rows, ours are a distribution in float32 too."""
-    q, k, _ = gaussian(rng, n=256, d=64, lead=())
-    w = la.draw_projection(256, 64, seed=0)
-    theirs = Formula(formulas.google_jax, projection=w).weights(q, k, causal=causal)
-    assert np.median(np.sum(theirs, axis=-1)) < 0.5
-    for dtype, tolerance in (("float64", 1e-13), ("float32", 1e-6)):
-        a = la.Performer(projection=w).weights(q.astype(dtype), k.astype(dtype), causal=causal)
-        assert np.max(abs(np.sum(a.astype("float64"), axis=-1) - 1)) < tolerance
-
-
-def test_key_max_leak(rng):
-    """A maximum over all keys lets the last key move earlier rows; nothing of ours does, down to the bits."""
-    q, k, v = gaussian(rng, n=64, d=64, e=8, lead=())
-    w = la.draw_projection(256, 64, seed=0)
-    louder = np.concatenate([k[:-1], 2 * k[-1:]])
-    theirs = Formula(formulas.performer_pytorch, projection=w)
-    a, b = (theirs(q, x, v, causal=True)[:-1] for x in (k, louder))
-    assert np.max(abs(a - b)) > 0.01
-    attend = la.Performer(projection=w)
-    for backend in backends_of(attend):
-        for last in (2 * k[-1:], 1e3 * k[-1:], np.full_like(k[-1:], np.nan)):
-            moved_k = np.concatenate([k[:-1], last])
-            assert_bits(
-                attend(q, moved_k, v, causal=True, backend=backend)[:-1], attend(q, k, v, causal=True, backend=backend)[:-1]
-            )
-
-
 def test_step_by_step_is_the_whole(rng):
     q, k, v = gaussian(rng, n=30, d=8)
     for features in (*POSITIVE, "relu"):
@@ -492,7 +414,7 @@ def test_step_by_step_is_the_whole(rng):
         assert_close(np.concatenate(rows, axis=-2), want, 1e-13)
 
 
-# -- other kernels ------------------------------------------------------------------------------------------------------
+# -- other kernels ---------------------------------------------------------------------------------------------------
 
 
 def test_general_kernels_are_linear_attention(rng):
@@ -532,111 +454,3 @@ def test_a_nan_under_the_mask_is_not_seen(features, rng):
         assert_bits(out, want)
         for a, b in zip(backward(d_out), clean(d_out), strict=True):
             assert_bits(a, b)
-
-
-# -- a value --------------------------------------------------------------------------------------------------------------
-
-
-def test_values_by_contents(rng):
-    w = rng.normal(size=(8, 6))
-    a, b = la.Performer(projection=w), la.Performer(projection=w.tolist())
-    assert a == b
-    assert hash(a) == hash(b)
-    assert a != la.Performer(projection=w + 1e-9)
-    assert a != la.Performer(8)
-    assert a.n_features == 8
-    assert la.Performer(projection=w, features="hyperbolic").n_features == 16
-    w[:] = 0  # ours is a copy
-    assert a == b
-    assert np.any(a.matrix(6))
-    for attend in (a, la.Performer(8, seed=2), la.Performer.accurate(w + rng.normal(size=w.shape), rng.normal(size=w.shape), 4)):
-        again = pickle.loads(pickle.dumps(attend))
-        assert again == attend
-        assert hash(again) == hash(attend)
-        if again.projection is not None:
-            assert not again.projection.flags.writeable
-    assert replace(a, features="hyperbolic", n_features=None) == la.Performer(projection=a.projection, features="hyperbolic")
-    assert replace(a, scale=2.0).scale == 2.0
-
-
-def test_repr_is_code_or_a_fingerprint(rng):
-    assert repr(la.Performer()) == "Performer(256, seed=0)"
-    small = la.Performer(projection=[[1.0, 0.5]], calibration=(None, [0.25, -1.0]))
-    assert repr(small) == "Performer(projection=[[1.0, 0.5]], calibration=(None, [0.25, -1.0]))"
-    assert eval(repr(small), vars(la)) == small
-    large = la.Performer(projection=rng.normal(size=(40, 6)))
-    assert repr(large).startswith("Performer(projection=<(40, 6) ")
-    assert repr(large) != repr(la.Performer(projection=large.projection + 1))
-
-
-def test_states_are_saved_with_their_matrices(rng, tmp_path):
-    q, k, v = gaussian(rng)
-    for attend in (
-        la.Performer(12),
-        la.Performer(projection=rng.normal(size=(2, 10, 6))),
-        la.Performer.accurate(q, k, 12),
-        la.Performer(12, features="sderf").calibrate(q, k),
-        la.Performer(12, features="relu"),
-    ):
-        _, state = attend.step(q[:, :9], k[:, :9], v[:, :9], attend.init_state(k, v))
-        la.save_state(tmp_path / "state.npz", state)
-        again = la.load_state(tmp_path / "state.npz")
-        assert again.attend == attend
-        rest = [x[:, 9:] for x in (q, k, v)]
-        assert_bits(attend.step(*rest, again)[0], attend.step(*rest, state)[0])
-    other = replace(la.Performer(12, features="relu"), seed=1)
-    with pytest.raises(ValueError, match="`state` was made by"):
-        other.step(*rest, again)
-
-
-NAN = float("nan")
-ERRORS = [
-    (ValueError, r"`n_features` must be at least 1, got 0", lambda: la.Performer(0)),
-    (TypeError, r"`n_features` must be an integer, got 2.5", lambda: la.Performer(2.5)),
-    (ValueError, r"`n_features` must be even for features='hyperbolic', got 7", lambda: la.Performer(7, features="hyperbolic")),
-    (ValueError, r"`seed` must be at least 0, got -1", lambda: la.Performer(seed=-1)),
-    (ValueError, r"`projection` and `seed` exclude each other, got seed=0", lambda: la.Performer(seed=0, projection=np.eye(3))),
-    (ValueError, r"`n_features` must be left out with `projection`, or 3, got 4", lambda: la.Performer(4, projection=np.eye(3))),
-    (ValueError, r"`projection` must have as many columns as q and k have channels, D = 6, got shape \(3, 3\)", lambda: la.Performer(projection=np.eye(3))(Q, Q, Q)),
-    (ValueError, r"`projection` must have as many columns", lambda: la.Performer(projection=np.eye(3)).init_state(Q, Q)),
-    (ValueError, r"`projection` must have at least 2 axes, none of them empty, got shape \(3,\)", lambda: la.Performer(projection=np.ones(3))),
-    (ValueError, r"`projection` must have at least 2 axes, none of them empty", lambda: la.Performer(projection=np.ones((0, 3)))),
-    (ValueError, r"`projection` must be finite", lambda: la.Performer(projection=[[NAN]])),
-    (TypeError, r"`projection` must hold real numbers", lambda: la.Performer(projection=[[1j]])),
-    (TypeError, r"`projection` must hold real numbers", lambda: la.Performer(projection="abc")),
-    (ValueError, r"`features` must be one of 'positive'.*got 'favor'", lambda: la.Performer(features="favor")),
-    (TypeError, r"`features` must be a name or a FeatureMap, got 3", lambda: la.Performer(features=3)),
-    (ValueError, r"`kind` must be one of", lambda: la.Performer(kind="qr")),
-    (ValueError, r'`kind="hadamard"` has rows of one length only', lambda: la.Performer(kind="hadamard")),
-    (ValueError, r"`norms` must be one of", lambda: la.Performer(norms="one")),
-    (ValueError, r"`scale` must be positive and finite", lambda: la.Performer(scale=0.0)),
-    (ValueError, r"`eps` must not be negative, got -1", lambda: la.Performer(eps=-1)),
-    (TypeError, r"`eps` must be a real number, got 'safe'", lambda: la.Performer(eps="safe")),
-    (ValueError, r'`eps` must be left out for features="trig"', lambda: la.Performer(features="trig", eps=0.1)),
-    (TypeError, r"`calibration` must be \(A, c\) or \(A, c, second\)", lambda: la.Performer(calibration=np.eye(3))),
-    (ValueError, r"`calibration: A` must be square", lambda: la.Performer(calibration=(np.ones((2, 3)), None))),
-    (ValueError, r"`calibration: A` must have an inverse", lambda: la.Performer(calibration=(np.ones((2, 2)), None))),
-    (ValueError, r"`calibration` must be without a third entry for features='positive'", lambda: la.Performer(calibration=(None, None, 1.0))),
-    (ValueError, r"`calibration` must be with a third entry for features='oprf'", lambda: la.Performer(features="oprf", calibration=(None, [1.0]))),
-    (ValueError, r"`calibration: second` must be non-negative, got -1", lambda: la.Performer(features="oprf", calibration=(None, None, -1.0))),
-    (ValueError, r"`calibration` leaves softmax as it is, not features='relu'", lambda: la.Performer(features="relu", calibration=(None, [1.0]))),
-    (ValueError, r"`calibration: c` must fit q and k with D = 6 channels, got shape \(3,\)", lambda: la.Performer(calibration=(None, np.ones(3)))(Q, Q, Q)),
-    (ValueError, r"`calibration: c` must broadcast with the leading axes", lambda: la.Performer(calibration=(None, np.ones((3, 6))))(Q[None].repeat(2, 0), Q, Q)),
-    (ValueError, r"has features fitted to data: use the value that `.calibrate\(q, k\)` gives", lambda: la.Performer(features="oprf")(Q, Q, Q)),
-    (ValueError, r"has features fitted to data", lambda: la.Performer(features="sderf").init_state(Q, Q)),
-    (ValueError, r"cannot be calibrated: its kernel is not softmax's", lambda: la.Performer(features="relu").calibrate(Q, Q)),
-    (ValueError, r"`k` must vary over its visible tokens in every head", lambda: la.Performer().calibrate(Q, np.ones_like(Q))),
-    (ValueError, r"`q` must vary over its visible tokens", lambda: la.Performer().calibrate(Q[:0], Q)),
-    (ValueError, r"`q` must vary over its visible tokens", lambda: la.Performer().calibrate(np.ones((0, 4, 6)), np.ones((0, 4, 6)))),
-    (ValueError, r"`rule` must be one of", lambda: la.Performer().calibrate(Q, Q, rule="best")),
-    (ValueError, r"`q` must vary", lambda: la.Performer.accurate(np.zeros_like(Q), Q)),
-]  # fmt: skip
-Q = np.random.default_rng(0).normal(size=(5, 6))
-
-
-@pytest.mark.parametrize("kind, text, call", ERRORS, ids=[text for _, text, _ in ERRORS])
-def test_errors(kind, text, call):
-    with np.errstate(all="ignore"), pytest.raises(kind, match=text) as caught:
-        call()
-    assert str(caught.value).endswith(".")
-    assert "\n" not in str(caught.value)

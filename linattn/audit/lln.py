@@ -128,7 +128,7 @@ def log_variance(chi: float, dim: int) -> float:
     with np.errstate(all="ignore"):
         for i in range(0, len(c), 256):
             e = np.exp(np.minimum(c[i : i + 256, None] + root * z, 700.0))
-            below = -np.expm1(-e) @ weights
+            below = np.minimum(-np.expm1(-e) @ weights, 1.0)
             power = np.exp((dim - 1) * np.log1p(-below)) if dim > 1 else 1.0
             density[i : i + 256] = power * ((e * np.exp(-e)) @ weights)
     density /= density.sum()
