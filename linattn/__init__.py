@@ -6,6 +6,7 @@ A mechanism is a small frozen value that is called on arrays; see `CosFormer`, `
 from __future__ import annotations
 
 from linattn import instruments
+from linattn.backends.numba.threads import threads
 from linattn.engines.features import FeatureMap
 from linattn.mechanisms.attention import State
 from linattn.mechanisms.cosformer import CosFormer, cosformer
@@ -37,4 +38,5 @@ __all__ = [
     "performer",
     "save_state",
     "softmax_attention",
+    "threads",
 ]

@@ -49,8 +49,8 @@ def test_import_loads_only_numpy_and_the_array_api_helpers():
 
 
 def test_import_is_quick():
-    code = "import numpy, time; start = time.perf_counter(); import linattn; print(time.perf_counter() - start)"
-    python(code)  # bytecode is written once
+    code = "import numpy, time; start = time.process_time(); import linattn; print(time.process_time() - start)"
+    python(code)  # bytecode is written once; processor time, since others may use the machine
     assert min(float(python(code)[0]) for _ in range(7)) < IMPORT_SECONDS
 
 

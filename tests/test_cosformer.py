@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import mpmath
 import numpy as np
@@ -164,7 +165,7 @@ def test_packed_sequences_are_separate_calls_to_the_bit(attend, backend, rng):
     args, edges = draw(rng), [0, 5, 5, 6, 37]
     causal = attend.length is not None
     packed = attend(*args, causal=causal, cu_seqlens=edges, backend=backend)
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in pairwise(edges):
         alone = attend(*(x[:, a:b] for x in args), causal=causal, backend=backend)
         assert_bits(packed[:, a:b], alone)
 
@@ -233,7 +234,7 @@ def test_stretch_is_one_based_and_meets_at_both_ends(rng):
 
 @pytest.mark.parametrize("attend, backend", values_on_backends([la.CosFormer(4096)]))
 def test_only_old_keys_alive(attend, backend, rng):
-    """Float32, keys 0 .. 2 alone have features: a rotated state loses 3e-4 here; the absolute frame stays at a few u."""
+    """Float32, keys 0 .. 2 alone have features: a rotated state loses 3e-4 here; the absolute frame a few u."""
     q, k, v = (abs(x).astype("float32") for x in draw(rng, 4096, d=8, e=2, lead=()))
     k[3:] = -1
     wide = [x.astype("float64") for x in (q, k, v)]

@@ -19,6 +19,7 @@ from ._rows import (
     add_rows,
     add_seen,
     centre_rows,
+    centre_state,
     clear_rows,
     collect,
     collect_weighted,
@@ -27,24 +28,27 @@ from ._rows import (
     mean_rows,
     row_dots,
     scale_rows_add,
+    step,
+    transpose,
     turn_rows,
     unturn_rows,
 )
 from ._tiles import CHUNK, SETTLE, TILE
-from ._vector import behind, pointer, select_pointer
+from ._vector import behind, pointer, select_pointer, stored_alike
 
-__all__ = ["backward_kernel", "forward_kernel", "scratch_size"]
+__all__ = ["D_K", "D_Q", "D_V", "backward_kernel", "forward_kernel", "scratch_size"]
 
 T, NV, ROWS, N_BYTES = TILE.tokens, TILE.vectors, TILE.rows, TILE.n_bytes
 BLOCK = T * ROWS  # a ragged chunk is filled up to whole blocks of either tile
 W_SIZE = CHUNK // T * PAIRS
+D_Q, D_V, D_K = 1, 2, 4  # what a call of the backward kernel makes
 
 
 def scratch_size(n_features: int, n_values: int, columns: int) -> int:
     """Numbers of scratch the kernels carve, the larger of both."""
     features, values = (-(-n // columns) * columns for n in (n_features, n_values))
     states = 2 * columns * (features // columns * rows_of(n_values) + values // columns * rows_of(n_features))
-    return CHUNK * (3 * features + 3 * values + 5) + states + 4 * features + 2 * values + 2 * W_SIZE
+    return CHUNK * (3 * features + 3 * values + 5) + states + 5 * features + 2 * values + W_SIZE
 
 
 @helper
@@ -88,11 +92,17 @@ def query_features(x, at, stride, count, D, F, Fp, which, scaled, turns, turn_at
 
 
 @helper
-def hide(mask, at, stride, count, x, padded):
+def hide_part(mask, at, stride, count, width, x, x_at, x_stride):
     """Rows of keys nobody sees are zero: chosen away, not multiplied."""
     for t in range(count):
         if not mask[at + t * stride]:
-            clear_rows(1, padded, x, t * padded, padded)
+            clear_rows(1, width, x, x_at + t * x_stride, 0)
+
+
+@helper
+def hide(mask, at, stride, count, x, padded):
+    """The same for whole rows of scratch."""
+    hide_part(mask, at, stride, count, padded, x, 0, padded)
 
 
 # -- the divisor ------------------------------------------------------------------------------------------------
@@ -128,48 +138,49 @@ def den_cotangents(dots, den, at, count, mode, eps, shifts, c, h):
 
 
 @helper
-def load_state(sums, rest, at, F, E, E1, cols, S, ZE, Fp):
-    """[S | E] of slices from (sums, rest); the last column, if there is one, to z and e."""
+def load_state(sums, rest, at, column, E_all, F, E, E1, cols, S, ZE, Fp):
+    """[S | E] of E columns from (sums, rest); the last column of all, if it is the denominators', to z and e."""
     S_rows = rows_of_state(F)
     for x in range(0, E, cols):
-        place = x // cols * S_rows * 2 * cols
+        place, there = x // cols * S_rows * 2 * cols, at + column + x
         clear_rows(S_rows, 2 * cols, S, place, 2 * cols)
-        copy_rows(F, min(cols, E - x), sums, at + x, E1, S, place, 2 * cols)
-        copy_rows(F, min(cols, E - x), rest, at + x, E1, S, place + cols, 2 * cols)
+        copy_rows(F, min(cols, E - x), sums, there, E1, S, place, 2 * cols)
+        copy_rows(F, min(cols, E - x), rest, there, E1, S, place + cols, 2 * cols)
     clear_rows(2, Fp, ZE, 0, Fp)
-    if E1 > E:
+    if E_all < E1:
         for f in range(F):
-            ZE[f] = sums[at + f * E1 + E]
-            ZE[Fp + f] = rest[at + f * E1 + E]
+            ZE[f] = sums[at + f * E1 + E_all]
+            ZE[Fp + f] = rest[at + f * E1 + E_all]
 
 
 @helper
-def store_state(S, ZE, F, E, E1, cols, Fp, sums, rest, at):
+def store_state(S, ZE, column, E_all, F, E, E1, cols, Fp, sums, rest, at):
     S_rows = rows_of_state(F)
     for x in range(0, E, cols):
-        place = x // cols * S_rows * 2 * cols
-        copy_rows(F, min(cols, E - x), S, place, 2 * cols, sums, at + x, E1)
-        copy_rows(F, min(cols, E - x), S, place + cols, 2 * cols, rest, at + x, E1)
-    if E1 > E:
+        place, there = x // cols * S_rows * 2 * cols, at + column + x
+        copy_rows(F, min(cols, E - x), S, place, 2 * cols, sums, there, E1)
+        copy_rows(F, min(cols, E - x), S, place + cols, 2 * cols, rest, there, E1)
+    if E_all < E1 and column == 0:
         for f in range(F):
-            sums[at + f * E1 + E] = ZE[f]
-            rest[at + f * E1 + E] = ZE[Fp + f]
+            sums[at + f * E1 + E_all] = ZE[f]
+            rest[at + f * E1 + E_all] = ZE[Fp + f]
 
 
 @helper
-def load_centred(sums, rest, at, F, E, E1, cols, mu, S, ZE, Fp):
-    """The state's transpose with centred values, S_num^T - mu S_den: rows E, columns F."""
+def load_centred(sums, rest, at, F, E, E1, cols, mu, S, ZE, Fp, Ep, room):
+    """The state's transpose with centred values, S_num^T - mu S_den: rows E, columns F. `room` for F rows of Ep."""
     S_rows = rows_of_state(E)
     clear_rows(Fp // cols * S_rows, 2 * cols, S, 0, 2 * cols)
     clear_rows(2, Fp, ZE, 0, Fp)
+    den = behind(room, F * Ep)
     for f in range(F):
-        place, start = f // cols * S_rows * 2 * cols + f % cols, at + f * E1
-        if E1 > E:
-            ZE[f] = sums[start + E]
-            ZE[Fp + f] = rest[start + E]
-        den = ZE[f] + ZE[Fp + f]
-        for x in range(E):
-            S[place + x * 2 * cols] = (sums[start + x] - den * mu[x]) + rest[start + x]
+        if E < E1:
+            ZE[f] = sums[at + f * E1 + E]
+            ZE[Fp + f] = rest[at + f * E1 + E]
+        den[f] = ZE[f] + ZE[Fp + f]
+    centre_state(F, E, den, 0, 1, sums, at, E1, rest, at, E1, mu, 0, 0, room, 0, Ep)
+    for f in range(0, F, cols):
+        transpose(min(cols, F - f), E, room, f * Ep, Ep, S, f // cols * S_rows * 2 * cols, 2 * cols)
 
 
 @helper
@@ -177,12 +188,12 @@ def transpose_state(S, F, E, Fp, cols, out):
     """rows F, columns E -> rows E, columns F"""
     S_rows, out_rows = rows_of_state(F), rows_of_state(E)
     clear_rows(Fp // cols * out_rows, 2 * cols, out, 0, 2 * cols)
-    for f in range(F):
-        there = f // cols * out_rows * 2 * cols + f % cols
-        for x in range(E):
-            here = (x // cols * S_rows + f) * 2 * cols + x % cols
-            out[there + x * 2 * cols] = S[here]
-            out[there + x * 2 * cols + cols] = S[here + cols]
+    for f in range(0, F, cols):
+        n = min(cols, F - f)
+        for x in range(0, E, cols):
+            here, there = (x // cols * S_rows + f) * 2 * cols, (f // cols * out_rows + x) * 2 * cols
+            for part in (0, cols):
+                transpose(n, min(cols, E - x), S, here + part, 2 * cols, out, there + part, 2 * cols)
 
 
 @helper
@@ -194,7 +205,7 @@ def load_cotangent(d_state, given, at, F, E, E1, Ep, cols, mu, X, ZE, Fp):
     if given:
         for x in range(0, E, cols):
             copy_rows(F, min(cols, E - x), d_state, at + x, E1, X, x // cols * X_rows * 2 * cols, 2 * cols)
-        if E1 > E:
+        if E < E1:
             for f in range(F):
                 total = d_state[at + f * E1 + E]
                 for x in range(E):
@@ -203,8 +214,8 @@ def load_cotangent(d_state, given, at, F, E, E1, Ep, cols, mu, X, ZE, Fp):
 
 
 @helper
-def store_cotangent(X, ZE, F, E, E1, cols, Fp, mu, d_state, at, add):
-    """The cotangent of the incoming state: X, its last column r - X_num mu; later heads of a group add."""
+def store_cotangent(X, F, E, E1, cols, mu, zero, d_state, at, add):
+    """The cotangent of the incoming state: X, its last column -X_num mu without r; later heads of a group add."""
     X_rows = rows_of_state(F)
     if add:
         for x in range(0, E, cols):
@@ -214,9 +225,9 @@ def store_cotangent(X, ZE, F, E, E1, cols, Fp, mu, d_state, at, add):
         for x in range(0, E, cols):
             place, width = x // cols * X_rows * 2 * cols, min(cols, E - x)
             copy_rows(F, width, X, place, 2 * cols, d_state, at + x, E1)
-    if E1 > E:
+    if E < E1:
         for f in range(F):
-            total = ZE[f]
+            total = zero
             for x in range(E):
                 total -= X[(x // cols * X_rows + f) * 2 * cols + x % cols] * mu[x]
             p = at + f * E1 + E
@@ -248,29 +259,29 @@ def forward_kernel(salt):
 
     def linear_forward(
         q_array, k_array, v_array, mask, turn_q_array, turn_k_array, sums_array, rest_array,
-        out_array, den, new_sums_array, new_rest_array, work_array, table, dims, eps, first, last,
+        out_array, den_array, new_sums_array, new_rest_array, work_array, table, dims, eps, first, last, left, right,
     ):  # fmt: skip
-        """Heads first <= i < last: out, den, and the state after all keys.
+        """Heads first <= i < last, slices left <= n < right of the values' columns: out, den, the state after all keys.
 
         past  n_t = Q_t S + sum_{j <= t} (Q_t . K_j) v_j      S += K^T v     block by block
         all   S += K^T v over all keys, then n_t = Q_t S
         """
         salt  # noqa: B018
-        N, M, D, E, F, E1 = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5]
+        N, M, D, E_all, F, E1 = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5]
         q_stride, k_stride, v_stride, mask_stride = dims[6], dims[7], dims[8], dims[9]
         turn_q_stride, turn_k_stride = dims[10], dims[11]
         which, causal, normalize, mode, masked = dims[13], dims[14] == 1, dims[15] == 1, dims[16], dims[17] == 1
         eps = work_array.dtype.type(eps)
         scaled = normalize and mode == SAFE
         cols = NV * (N_BYTES // work_array.itemsize)
-        Fp, slices = (F + cols - 1) // cols * cols, (E + cols - 1) // cols
-        Ep, S_rows = slices * cols, rows_of_state(F)
+        Fp, slices, S_rows = (F + cols - 1) // cols * cols, right - left, rows_of_state(F)
+        E, Ep, column = min(E_all, right * cols) - left * cols, slices * cols, left * cols
         S_step = S_rows * 2 * cols
 
         q, k, v, out = pointer(q_array), pointer(k_array), pointer(v_array), pointer(out_array)
         turn_q, turn_k = pointer(turn_q_array), pointer(turn_k_array)
         sums, rest = pointer(sums_array), pointer(rest_array)
-        new_sums, new_rest = pointer(new_sums_array), pointer(new_rest_array)
+        new_sums, new_rest, den = pointer(new_sums_array), pointer(new_rest_array), pointer(den_array)
         Q = pointer(work_array)
         K = behind(Q, CHUNK * Fp)
         V = behind(K, CHUNK * Fp)
@@ -281,16 +292,44 @@ def forward_kernel(salt):
         W = behind(power, CHUNK)
         ZE = behind(W, W_SIZE)
         S = behind(ZE, 2 * Fp)
+        if N == 1 and M == 1:  # a decoding step: straight from state to state
+            clear_rows(2, Fp, Q, 0, CHUNK * Fp)
+            for i in range(first, last):
+                j, head = table[i, 0], table[i, 1]
+                map_rows(which, 1, D, q, table[i, 2], 0, Q, Fp)
+                map_rows(which, 1, D, k, table[i, 5], 0, K, Fp)
+                copy_rows(1, E, v, table[i, 6], 0, V, 0, 0)
+                V[E] = 1
+                if masked and not mask[table[i, 7]]:
+                    clear_rows(1, D, K, 0, 0)
+                    clear_rows(1, E1, V, 0, 0)
+                if scaled:
+                    row_powers(1, D, Q, 0, 0, power, 0, 0)
+                if F > D:
+                    turn_rows(1, D, turn_q, table[i, 3], 0, turn_q, table[i, 3] + 1, 0, Q, 0, 0, Q, 0, 0, Q, D, 0)
+                    turn_rows(1, D, turn_k, table[i, 8], 0, turn_k, table[i, 8] + 1, 0, K, 0, 0, K, 0, 0, K, D, 0)
+                row_dots(1, Fp, Q, 0, 0, K, 0, 0, d, 0, 0)
+                p = j * F * E1
+                step(F, E1, Q, 0, 0, K, 0, 0, V, 0, 0, d, 0, 0, sums, p, E1, rest, p, E1,
+                     new_sums, p, E1, new_rest, p, E1, Y, 0, 0)  # fmt: skip
+                if normalize:
+                    den[head] = Y[E]
+                    divisors(den, head, 1, mode, eps, c_of)
+                    divide_rows(1, E, c_of, 0, 0, Y, 0, 0, out, head * E, 0)
+                else:
+                    copy_rows(1, E, Y, 0, 0, out, head * E, 0)
+            return
+
         clear_rows(2 * CHUNK, Fp, Q, 0, Fp)
         clear_rows(CHUNK, Ep, V, 0, Ep)
 
         for i in range(first, last):
             j, head = table[i, 0], table[i, 1]
-            q_at, k_at, v_at, mask_at = table[i, 2], table[i, 5], table[i, 6], table[i, 7]
+            q_at, k_at, v_at, mask_at = table[i, 2], table[i, 5], table[i, 6] + column, table[i, 7]
             turn_q_at, turn_k_at = table[i, 3], table[i, 8]
             same = i > first and table[i - 1, 0] == j  # another query head of the same keys
             if causal or not same:
-                load_state(sums, rest, j * F * E1, F, E, E1, cols, S, ZE, Fp)
+                load_state(sums, rest, j * F * E1, column, E_all, F, E, E1, cols, S, ZE, Fp)
 
             if not causal and not same:
                 for c in range(0, M, CHUNK):
@@ -317,7 +356,7 @@ def forward_kernel(salt):
                 if causal:
                     features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which,
                              turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K)  # fmt: skip
-                    direct = not masked and n == CHUNK and Ep == E
+                    direct = stored_alike(v, V) and not masked and n == CHUNK and Ep == E
                     if not direct:
                         copy_rows(n, E, v, v_at + c * v_stride, v_stride, V, 0, Ep)
                         fill_up(n, Ep, V)
@@ -341,17 +380,18 @@ def forward_kernel(salt):
 
                 p = head * N + c
                 if normalize:
-                    for t in range(n):
-                        den[p + t] = d[t]
+                    if left == 0:
+                        for t in range(n):
+                            den[p + t] = d[t]
                     divisors(d, 0, n, mode, eps, c_of)
-                    divide_rows(n, E, c_of, 0, 1, Y, 0, Ep, out, p * E, E)
+                    divide_rows(n, E, c_of, 0, 1, Y, 0, Ep, out, p * E_all + column, E_all)
                 else:
-                    copy_rows(n, E, Y, 0, Ep, out, p * E, E)
+                    copy_rows(n, E, Y, 0, Ep, out, p * E_all + column, E_all)
 
             if not same:
                 settle(slices * S_rows, NV, S, 0, 2 * cols)
                 settle(1, Fp // cols * NV, ZE, 0, 0)
-                store_state(S, ZE, F, E, E1, cols, Fp, new_sums, new_rest, j * F * E1)
+                store_state(S, ZE, column, E_all, F, E, E1, cols, Fp, new_sums, new_rest, j * F * E1)
 
     return linear_forward
 
@@ -364,10 +404,13 @@ def backward_kernel(salt):
 
     def linear_backward(
         d_out_array, d_state_array, q_array, k_array, v_array, mask, turn_q_array, turn_k_array,
-        sums_array, rest_array, den, d_q_array, d_k_array, d_v_array, d_before_array,
-        work_array, h_array, table, dims, eps, first, last,
+        sums_array, rest_array, den_array, d_q_array, d_k_array, d_v_array, d_before_array,
+        work_array, h_array, table, dims, eps, first, last, tasks, left, right,
     ):  # fmt: skip
         """Heads first <= i < last: the lines of `linear_forward`, last line first; vc = v - mu, G = d_out / c.
+
+        Of the three `tasks` D_Q makes d_q and h, D_V makes d_v and most of the state's cotangent, and D_K, which
+        needs both to be done, makes d_k: all of it, or slices left <= n < right of its columns if there are no turns.
 
         dq~_t  = P (G, vc, K)_t            h_t = cotangent of den_t
         d_fq_t = dq~_t + h_t z_t           z_t = sum_{s <= t} K_s
@@ -381,10 +424,12 @@ def backward_kernel(salt):
         which, causal, normalize, mode, masked = dims[13], dims[14] == 1, dims[15] == 1, dims[16], dims[17] == 1
         d_state_given = dims[18] == 1
         eps = work_array.dtype.type(eps)
-        one = work_array.dtype.type(1)
+        one, zero = work_array.dtype.type(1), work_array.dtype.type(0)
         scaled = normalize and mode == SAFE
         cols = NV * (N_BYTES // work_array.itemsize)
         S_slices, X_slices = (F + cols - 1) // cols, (E + cols - 1) // cols
+        column, width = left * cols, min(D, right * cols) - left * cols  # of d_k
+        make_q, make_v, make_k = tasks & D_Q != 0, tasks & D_V != 0, tasks & D_K != 0
         Fp, Ep, S_rows, X_rows = S_slices * cols, X_slices * cols, rows_of_state(E), rows_of_state(F)
         S_step, X_step = S_rows * 2 * cols, X_rows * 2 * cols
 
@@ -393,7 +438,7 @@ def backward_kernel(salt):
         turn_q, turn_k = pointer(turn_q_array), pointer(turn_k_array)
         sums, rest = pointer(sums_array), pointer(rest_array)
         d_q, d_k, d_v = pointer(d_q_array), pointer(d_k_array), pointer(d_v_array)
-        d_before, h = pointer(d_before_array), pointer(h_array)
+        d_before, den, h = pointer(d_before_array), pointer(den_array), pointer(h_array)
         Q = pointer(work_array)
         K = behind(Q, CHUNK * Fp)
         Y = behind(K, CHUNK * Fp)
@@ -406,8 +451,7 @@ def backward_kernel(salt):
         shifts = behind(dots, CHUNK)
         unit = behind(shifts, CHUNK)
         W = behind(unit, CHUNK)
-        W2 = behind(W, W_SIZE)
-        ZE = behind(W2, W_SIZE)
+        ZE = behind(W, W_SIZE)
         RE = behind(ZE, 2 * Fp)
         mu = behind(RE, 2 * Fp)
         S = behind(mu, Ep)
@@ -425,11 +469,11 @@ def backward_kernel(salt):
             state_at, den_at = j * F * E1, head * N
             if normalize and not same:
                 visible_mean(v, v_at, v_stride, M, E, mask, mask_at, mask_stride, masked, dots, mu)
-            load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Ep, cols, mu, X, RE, Fp)
-
             # sweep 1, forward in time: d_q and h
-            load_centred(sums, rest, state_at, F, E, E1, cols, mu, S, ZE, Fp)
-            if not causal:
+            if make_q:
+                load_centred(sums, rest, state_at, F, E, E1, cols, mu, S, ZE, Fp, Ep, X)
+            load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Ep, cols, mu, X, RE, Fp)
+            if make_q and not causal:
                 for c in range(0, M, CHUNK):
                     n = min(CHUNK, M - c)
                     features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which,
@@ -447,7 +491,7 @@ def backward_kernel(salt):
                 settle(S_slices * S_rows, NV, S, 0, 2 * cols)
                 settle(1, S_slices * NV, ZE, 0, 0)
 
-            for c in range(0, N, CHUNK):
+            for c in range(0, N if make_q else 0, CHUNK):
                 n = min(CHUNK, N - c)
                 if normalize:
                     divisors(den, den_at + c, n, mode, eps, c_of)
@@ -491,21 +535,21 @@ def backward_kernel(salt):
                     unturn_rows(n, D, turn_q, p, turn_q_stride, turn_q, p + 1, turn_q_stride,
                                 Y, 0, Fp, Y, D, Fp, Y, 0, Fp)  # fmt: skip
                 if scaled:
-                    unmap_rows(which, n, D, power, 1, q, q_at + c * q_stride, q_stride, Y, Fp, d_q, (den_at + c) * D)
+                    unmap_rows(which, n, D, power, 1, q, q_at + c * q_stride, q_stride, Y, Fp, d_q, (den_at + c) * D, D)
                 else:
-                    unmap_rows(which, n, D, unit, 0, q, q_at + c * q_stride, q_stride, Y, Fp, d_q, (den_at + c) * D)
+                    unmap_rows(which, n, D, unit, 0, q, q_at + c * q_stride, q_stride, Y, Fp, d_q, (den_at + c) * D, D)
                 if not causal:
                     product_add(n, 1, X_rows, X_slices, cols, X_step, Q, 0, Fp, G, 0, Ep, X, cols, 2 * cols)
                     if (c + CHUNK) % SETTLE == 0:
                         settle(X_slices * X_rows, NV, X, 0, 2 * cols)
                         settle(1, S_slices * NV, RE, 0, 0)
 
-            # sweep 2, backward in time: d_k and d_v
-            if not causal:
+            # sweep 2, backward in time: d_v and d_k
+            if make_q and not causal:
                 settle(X_slices * X_rows, NV, X, 0, 2 * cols)
                 settle(1, S_slices * NV, RE, 0, 0)
             transpose_state(X, F, E, Fp, cols, S)
-            for c in range((M - 1) // CHUNK * CHUNK, -1, -CHUNK):
+            for c in range((M - 1) // CHUNK * CHUNK if make_v or make_k else -1, -1, -CHUNK):
                 n = min(CHUNK, M - c)
                 features(k, k_at + c * k_stride, k_stride, n, D, F, Fp, which,
                          turn_k, turn_k_at + c * turn_k_stride, turn_k_stride, K)  # fmt: skip
@@ -523,15 +567,20 @@ def backward_kernel(salt):
                     fill_up(n, Ep, G)
                     query_features(q, q_at + c * q_stride, q_stride, n, D, F, Fp, which, scaled,
                                    turn_q, turn_q_at + c * turn_q_stride, turn_q_stride, Q, power)  # fmt: skip
-                    pairs_back(n, Fp, False, K, 0, Fp, Q, 0, Fp, RE, 0, Fp, W, 0, 0, dots, 0, 1)
-                    pairs_back(n, Ep, False, V, 0, Ep, G, 0, Ep, RE, 0, Fp, W2, 0, 0, dots, 0, 1)
                     p = max(0, c - CHUNK)
-                    retreat(n, X_slices, F, X_step, K, 0, Fp, Q, 0, Fp, G, 0, Ep, X, 0, 2 * cols, W, 0, 0, U, 0, Ep,
-                            v, v_at + p * v_stride, v_stride, d_out, g_at + p * g_stride, g_stride)  # fmt: skip
-                    retreat(n, S_slices, E, S_step, V, 0, Ep, G, 0, Ep, Q, 0, Fp, S, 0, 2 * cols, W2, 0, 0, Y, 0, Fp,
-                            q, q_at + p * q_stride, q_stride, k, k_at + p * k_stride, k_stride)  # fmt: skip
-                    if normalize:
-                        add_later(n, Fp, Q, 0, Fp, RE, 0, Fp, h, c, 1, Y, 0, Fp)
+                    if make_v:
+                        pairs_back(n, Fp, False, K, 0, Fp, Q, 0, Fp, RE, 0, Fp, W, 0, 0, dots, 0, 1)
+                        retreat(n, X_slices, F, X_step, K, 0, Fp, Q, 0, Fp, G, 0, Ep, X, 0, 2 * cols, W, 0, 0,
+                                U, 0, Ep, v, v_at + p * v_stride, v_stride,
+                                d_out, g_at + p * g_stride, g_stride)  # fmt: skip
+                    if make_k:
+                        pairs_back(n, Ep, False, V, 0, Ep, G, 0, Ep, RE, 0, Fp, W, 0, 0, dots, 0, 1)
+                        retreat(n, right - left, E, S_step, V, 0, Ep, G, 0, Ep, Q, column, Fp,
+                                S, left * S_step, 2 * cols, W, 0, 0, Y, column, Fp,
+                                q, q_at + p * q_stride, q_stride, k, k_at + p * k_stride, k_stride)  # fmt: skip
+                        if normalize:
+                            add_later(n, (right - left) * cols, Q, column, Fp, RE, column, Fp, h, c, 1,
+                                      Y, column, Fp)  # fmt: skip
                     if c % SETTLE == 0:
                         settle(X_slices * X_rows, NV, X, 0, 2 * cols)
                         settle(S_slices * S_rows, NV, S, 0, 2 * cols)
@@ -541,22 +590,32 @@ def backward_kernel(salt):
                     product(E, Ep, n, S_slices, S_step, cols, V, 0, 1, S, 0, 2 * cols, Y, 0, Fp)
                     if normalize:
                         add_rows(n, Fp, RE, 0, 0, Y, 0, Fp, Y, 0, Fp)
-                if F > D:
-                    p = turn_k_at + c * turn_k_stride
-                    unturn_rows(n, D, turn_k, p, turn_k_stride, turn_k, p + 1, turn_k_stride,
-                                Y, 0, Fp, Y, D, Fp, Y, 0, Fp)  # fmt: skip
-                p = j * M + c
-                if same:
-                    unmap_rows_add(which, n, D, unit, 0, k, k_at + c * k_stride, k_stride, Y, Fp, d_k, p * D)
-                    add_rows(n, E, U, 0, Ep, d_v, p * E, E, d_v, p * E, E)
-                else:
-                    unmap_rows(which, n, D, unit, 0, k, k_at + c * k_stride, k_stride, Y, Fp, d_k, p * D)
-                    copy_rows(n, E, U, 0, Ep, d_v, p * E, E)
-                if masked:
-                    hide(mask, mask_at + c * mask_stride, mask_stride, n, behind(d_k, p * D), D)
-                    hide(mask, mask_at + c * mask_stride, mask_stride, n, behind(d_v, p * E), E)
-            settle(X_slices * X_rows, NV, X, 0, 2 * cols)
-            settle(1, S_slices * NV, RE, 0, 0)
-            store_cotangent(X, RE, F, E, E1, cols, Fp, mu, d_before, state_at, same)
+                if make_k:
+                    if F > D:
+                        p = turn_k_at + c * turn_k_stride
+                        unturn_rows(n, D, turn_k, p, turn_k_stride, turn_k, p + 1, turn_k_stride,
+                                    Y, 0, Fp, Y, D, Fp, Y, 0, Fp)  # fmt: skip
+                    p, y, k_here = (j * M + c) * D + column, behind(Y, column), k_at + c * k_stride + column
+                    if same:
+                        unmap_rows_add(which, n, width, unit, 0, k, k_here, k_stride, y, Fp, d_k, p, D)
+                    else:
+                        unmap_rows(which, n, width, unit, 0, k, k_here, k_stride, y, Fp, d_k, p, D)
+                    if masked:
+                        hide_part(mask, mask_at + c * mask_stride, mask_stride, n, width, d_k, p, D)
+                if make_v:
+                    p = (j * M + c) * E
+                    if same:
+                        add_rows(n, E, U, 0, Ep, d_v, p, E, d_v, p, E)
+                    else:
+                        copy_rows(n, E, U, 0, Ep, d_v, p, E)
+                    if masked:
+                        hide_part(mask, mask_at + c * mask_stride, mask_stride, n, E, d_v, p, E)
+            if make_v:
+                settle(X_slices * X_rows, NV, X, 0, 2 * cols)
+                store_cotangent(X, F, E, E1, cols, mu, zero, d_before, state_at, same)
+            if make_k and normalize:
+                settle(1, S_slices * NV, RE, 0, 0)
+                for f in range(column, F if F > D else column + width):
+                    d_before[state_at + f * E1 + E] += RE[f]
 
     return linear_backward

@@ -96,28 +96,28 @@ def map_rows(which, count, width, x, x_at, x_stride, phi, phi_stride):
 
 
 @helper
-def unmap_rows(which, count, width, s, s_step, x, x_at, x_stride, d, d_stride, out, out_at):
+def unmap_rows(which, count, width, s, s_step, x, x_at, x_stride, d, d_stride, out, out_at, out_stride):
     """out[t] = d_x from d_phi = d[t] s[t]: relu'(0) = 0, elu1' = min(phi, 1)."""
     if which == RELU:
-        relu_back(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride, out, out_at, width)
+        relu_back(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride, out, out_at, out_stride)
     elif which == ELU1:
-        elu1_back(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride, out, out_at, width)
+        elu1_back(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride, out, out_at, out_stride)
     else:
-        identity_back(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride, out, out_at, width)
+        identity_back(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride, out, out_at, out_stride)
 
 
 @helper
-def unmap_rows_add(which, count, width, s, s_step, x, x_at, x_stride, d, d_stride, out, out_at):
+def unmap_rows_add(which, count, width, s, s_step, x, x_at, x_stride, d, d_stride, out, out_at, out_stride):
     """The same, added to out[t]."""
     if which == RELU:
         relu_back_add(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride,
-                      out, out_at, width, out, out_at, width)  # fmt: skip
+                      out, out_at, out_stride, out, out_at, out_stride)  # fmt: skip
     elif which == ELU1:
         elu1_back_add(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride,
-                      out, out_at, width, out, out_at, width)  # fmt: skip
+                      out, out_at, out_stride, out, out_at, out_stride)  # fmt: skip
     else:
         identity_back_add(count, width, s, 0, s_step, x, x_at, x_stride, d, 0, d_stride,
-                          out, out_at, width, out, out_at, width)  # fmt: skip
+                          out, out_at, out_stride, out, out_at, out_stride)  # fmt: skip
 
 
 def _power(v, size):

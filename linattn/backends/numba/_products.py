@@ -16,7 +16,7 @@ Callers pad with zeros: columns to whole slices, features to whole vectors, toke
 from __future__ import annotations
 
 from ._tiles import TILE
-from ._vector import I64, operation
+from ._vector import I64, operation, two_sum
 
 __all__ = ["PAIRS", "advance", "pairs", "pairs_back", "product", "product_add", "retreat", "settle"]
 
@@ -169,10 +169,7 @@ def settle(v, sizes, memories):
         start = v.b.mul(x, lds)
 
         def part(i, _):
-            s, e = ss.load(v, start, i), ss.load(v, start, far, i)
-            new = v.add(s, e)
-            seen = v.sub(new, s)
-            lost = v.add(v.sub(s, v.sub(new, seen)), v.sub(e, seen))
+            new, lost = two_sum(v, ss.load(v, start, i), ss.load(v, start, far, i))
             ss.store(v, new, start, i)
             ss.store(v, lost, start, far, i)
 

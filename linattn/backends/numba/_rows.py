@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ._maps import BIAS, MANTISSA, identity_rows
 from ._tiles import TILE
-from ._vector import I64, operation, rowwise
+from ._vector import I64, operation, rowwise, two_sum
 
 __all__ = [
-    "add_later", "add_rows", "add_seen", "centre_rows", "clear_rows", "collect", "collect_weighted", "copy_rows",
-    "divide_rows", "mean_rows", "row_dots", "scale_rows", "scale_rows_add", "turn_rows", "unturn_rows",
+    "add_later", "add_rows", "add_seen", "centre_rows", "centre_state", "clear_rows", "collect", "collect_weighted",
+    "copy_rows", "divide_rows", "mean_rows", "row_dots", "scale_rows", "scale_rows_add",
+    "step", "transpose", "turn_rows", "unturn_rows",
 ]  # fmt: skip
 
 NV = TILE.vectors
@@ -18,6 +19,7 @@ PLAIN_DIVISION = 120  # behind 2^120 and before 2^-120 the reciprocal of a divis
 clear_rows = rowwise(0, 1, lambda v: v.zero)
 copy_rows = identity_rows
 add_rows = rowwise(0, 1, lambda v, x, old: v.add(old, x))
+centre_state = rowwise(1, 1, lambda v, den, s, e, mu: v.add(v.fma(v.neg(den), mu, s), e))
 centre_rows = rowwise(0, 1, lambda v, x, mu: v.sub(x, mu))
 scale_rows = rowwise(1, 1, lambda v, f, x: v.mul(f, x))
 scale_rows_add = rowwise(1, 1, lambda v, f, x, old: v.fma(f, x, old))
@@ -132,3 +134,53 @@ add_seen = _make_running(False, False, True)  # y[t] += h[t] sum over s <= t of 
 add_later = _make_running(True, True, True)  # y[t] += sum over s >= t of h[s] a[s]
 collect = _make_running(False, False, False)  # e += sum a[t]
 collect_weighted = _make_running(True, False, False)  # e += sum h[t] a[t]
+
+
+@operation
+def transpose(v, sizes, memories):
+    """transpose(count, width, x, out): out[i][t] = x[t][i], number by number."""
+    count, width = sizes
+    (xx, x_stride), (oo, o_stride) = memories
+    one = v.single()
+
+    def row(t, _):
+        start = v.b.mul(t, x_stride)
+        v.loop(I64(0), width, 1, [], lambda i, _: oo.store(one, xx.load(one, start, i), v.b.mul(i, o_stride), t))
+
+    v.loop(I64(0), count, 1, [], row)
+
+
+@operation
+def step(v, sizes, memories):
+    """step(rows, width, Q, K, V, W, sums, rest, new_sums, new_rest, Y): one token, straight from state to state.
+
+    y = q . (S + E) + (q . k) v,    S' + E' = S + E + k v^T    with S' the rounded sum and E' the rest of it, exactly
+    """
+    rows, width = sizes
+    (qq, _), (kk, _), (vv, _), (ww, _), (ss, s_row), (ee, e_row), (s2, s2_row), (e2, e2_row), (yy, _) = memories
+    b = v.b
+
+    def part(w, first, last, n):
+        def columns(x, _):
+            values = [vv.load(w, x, i * w.lanes) for i in range(n)]
+
+            def row(f, acc):
+                query, key = qq.spread(w, f), kk.spread(w, f)
+                for i in range(n):
+                    s, e = (m.load(w, b.mul(f, stride), x, i * w.lanes) for m, stride in ((ss, s_row), (ee, e_row)))
+                    acc[i] = w.fma(query, w.add(s, e), acc[i])
+                    e = w.fma(key, values[i], e)
+                    new, lost = two_sum(w, s, e)
+                    s2.store(w, new, b.mul(f, s2_row), x, i * w.lanes)
+                    e2.store(w, lost, b.mul(f, e2_row), x, i * w.lanes)
+                return acc
+
+            acc = w.loop(I64(0), rows, 1, [w.zero] * n, row)
+            for i in range(n):
+                yy.store(w, w.fma(ww.spread(w, 0), values[i], acc[i]), x, i * w.lanes)
+
+        w.loop(first, last, n * w.lanes, [], columns)
+
+    whole = b.sub(width, b.and_(width, I64(NV * v.lanes - 1)))
+    part(v, I64(0), whole, NV)
+    part(v.single(), whole, width, 1)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 
 from ._jit import helper
-from ._linear import hide, visible_mean
+from ._linear import hide, hide_part, visible_mean
 from ._maps import exp
 from ._products import product, product_add, settle
-from ._rows import add_rows, centre_rows, clear_rows, copy_rows, divide_rows, scale_rows, scale_rows_add
+from ._rows import add_rows, centre_rows, clear_rows, copy_rows, divide_rows, scale_rows, scale_rows_add, transpose
 from ._tiles import TILE
 from ._vector import I64, behind, operation, pointer, rowwise
 
@@ -107,12 +107,10 @@ product_sum = _columnwise(0, 1, _product_sum)
 
 
 @helper
-def transposed(x, count, width, padded, factor, out):
-    """out[r, t] = factor x[t, r]; tokens missing at the end of a tile are zero."""
+def transposed(x, count, width, padded, out):
+    """out[r, t] = x[t, r]; tokens missing at the end of a tile are zero."""
     clear_rows(width, SIDE, out, 0, SIDE)
-    for t in range(count):
-        for r in range(width):
-            out[r * SIDE + t] = factor * x[t * padded + r]
+    transpose(count, width, x, 0, padded, out, 0, SIDE)
 
 
 @helper
@@ -198,21 +196,21 @@ def forward_kernel(salt):
         base = behind(top, SIDE)
         factor = behind(base, SIDE)
         total = behind(factor, SIDE)
-        bottom = behind(total, 2 * SIDE)
+        constants = behind(total, 2 * SIDE)
         clear_rows(3, SIDE * Dp, Q, 0, SIDE * Dp)
         clear_rows(SIDE, Ep, V, 0, Ep)
-        bottom[0] = -math.inf
+        constants[0], constants[1] = -math.inf, scale
 
         for i in range(first, last):
             h, q_at = table[i, 1], table[i, 2]
             k_at, v_at, mask_at = table[i, 4], table[i, 5], table[i, 6]
             for c in range(0, N, SIDE):
                 n = min(SIDE, N - c)
-                copy_rows(n, D, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
-                transposed(Q, n, D, Dp, scale, QT)
+                scale_rows(n, D, constants, 1, 0, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
+                transposed(Q, n, D, Dp, QT)
                 clear_rows(SIDE, 2 * Ep, Y, 0, 2 * Ep)
                 clear_rows(1, 2 * SIDE, total, 0, 0)
-                fill_rows(1, SIDE, bottom, 0, 0, top, 0, 0)
+                fill_rows(1, SIDE, constants, 0, 0, top, 0, 0)
                 seen = min(M, c + n + offset) if causal else M
                 for b in range(0, seen, SIDE):
                     m = min(SIDE, M - b)
@@ -226,7 +224,7 @@ def forward_kernel(salt):
                         for s in range(m):
                             blind = n if hidden(mask, mask_at, mask_stride, b + s, masked) else min(n, s - ahead)
                             if blind > 0:
-                                fill_rows(1, blind, bottom, 0, 0, P, s * SIDE, 0)
+                                fill_rows(1, blind, constants, 0, 0, P, s * SIDE, 0)
                     copy_rows(1, SIDE, top, 0, 0, base, 0, 0)
                     largest(m, SIDE, P, 0, SIDE, top, 0, 0)
                     shift_rows(1, SIDE, base, 0, 0, top, 0, 0, base, 0, 0, factor, 0, 0)
@@ -243,7 +241,7 @@ def forward_kernel(salt):
                 p = h * N + c
                 divide_rows(n, E, total, 0, 1, Y, 0, 2 * Ep, out, p * E, E)
                 for t in range(n):
-                    lse[p + t] = top[t] + math.log(total[t]) if total[t] != 0 else bottom[0]
+                    lse[p + t] = top[t] + math.log(total[t]) if total[t] != 0 else constants[0]
 
     return softmax_forward
 
@@ -310,10 +308,10 @@ def backward_kernel(salt):
 
             for c in range(0, N, SIDE):
                 n = min(SIDE, N - c)
-                copy_rows(n, D, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
-                transposed(Q, n, D, Dp, scale, QT)
+                scale_rows(n, D, constants, 1, 0, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
+                transposed(Q, n, D, Dp, QT)
                 copy_rows(n, E, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
-                transposed(G, n, E, Ep, one, GT)
+                transposed(G, n, E, Ep, GT)
                 clear_rows(2 * SIDE, 2 * Dp, Y, 0, 2 * Dp)
                 clear_rows(1, 4 * SIDE, total, 0, 0)
                 fill_rows(1, SIDE, constants, 0, 0, top, 0, 0)
@@ -365,8 +363,8 @@ def backward_kernel(salt):
                 if masked:
                     hide(mask, mask_at + b * mask_stride, mask_stride, m, K, Dp)
                     hide(mask, mask_at + b * mask_stride, mask_stride, m, V, Ep)
-                transposed(K, m, D, Dp, one, QT)
-                transposed(V, m, E, Ep, one, GT)
+                transposed(K, m, D, Dp, QT)
+                transposed(V, m, E, Ep, GT)
                 clear_rows(SIDE, 2 * Dp, Y, 0, 2 * Dp)
                 clear_rows(SIDE, 2 * Ep, U, 0, 2 * Ep)
                 begin = max(0, b - offset) // SIDE * SIDE if causal else 0
@@ -394,7 +392,7 @@ def backward_kernel(salt):
                     copy_rows(m, D, Y, 0, 2 * Dp, d_k, p * D, D)
                     copy_rows(m, E, U, 0, 2 * Ep, d_v, p * E, E)
                 if masked:
-                    hide(mask, mask_at + b * mask_stride, mask_stride, m, behind(d_k, p * D), D)
-                    hide(mask, mask_at + b * mask_stride, mask_stride, m, behind(d_v, p * E), E)
+                    hide_part(mask, mask_at + b * mask_stride, mask_stride, m, D, d_k, p * D, D)
+                    hide_part(mask, mask_at + b * mask_stride, mask_stride, m, E, d_v, p * E, E)
 
     return softmax_backward

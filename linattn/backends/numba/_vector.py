@@ -21,7 +21,17 @@ from numba.extending import intrinsic
 
 from ._tiles import TILE
 
-__all__ = ["Emitter", "Memory", "behind", "operation", "pointer", "rowwise", "select_pointer"]
+__all__ = [
+    "Emitter",
+    "Memory",
+    "behind",
+    "operation",
+    "pointer",
+    "rowwise",
+    "select_pointer",
+    "stored_alike",
+    "two_sum",
+]
 
 I64, I32, I16, I1, I8P = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(1), ir.IntType(8).as_pointer()
 HALF, SINGLE, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -249,7 +259,7 @@ def operation(codegen):
         kinds = tuple(args[0]) if packed else args
         arrays = [i for i, kind in enumerate(kinds) if isinstance(kind, types.CPointer)]
         stored = [kinds[i].dtype for i in arrays]
-        real = next(kind for kind in reversed(stored) if kind in (types.float32, types.float64))
+        real = next((kind for kind in reversed(stored) if kind in (types.float32, types.float64)), types.float32)
 
         def generate(context, builder, signature, values):
             values = cgutils.unpack_tuple(builder, values[0], len(kinds))
@@ -277,6 +287,13 @@ def operation(codegen):
         return types.void(types.StarArgTuple(kinds)), generate
 
     return op
+
+
+def two_sum(v, x, y):
+    """The rounded sum of x and y, and what rounding took, exactly, whichever is larger."""
+    total = v.add(x, y)
+    seen = v.sub(total, x)
+    return total, v.add(v.sub(x, v.sub(total, seen)), v.sub(y, seen))
 
 
 def rowwise(n_scalars, n_outputs, body):
@@ -329,8 +346,18 @@ def pointer(typing, array):
 
 
 @intrinsic
+def stored_alike(typing, x, y):
+    """Whether numbers at x and at y are stored in the same type."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.boolean, x == y)
+
+    return types.boolean(x, y), codegen
+
+
+@intrinsic
 def select_pointer(typing, condition, x, y):
-    """x if condition else y; always y where x is stored in another type than y."""
+    """x if condition else y; the condition must not hold where they are not `stored_alike`."""
     signature = y(condition, x, y)
 
     def codegen(context, builder, signature, args):
