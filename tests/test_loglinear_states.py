@@ -102,6 +102,42 @@ def test_a_head_alone_has_the_bits_of_the_batch(room, rng):
                 assert_bits(x, y[i])
 
 
+@pytest.mark.parametrize("heads", [1, 5])
+@pytest.mark.parametrize("span", SPANS)
+def test_threads_change_no_bit(span, heads, rng):
+    """Work is shared out by heads and, where they are few, by columns of the values."""
+    lq, lk, v = draw(rng, n=1500, r=64, e=70, scale=10.0, lead=((heads,), (heads,), (heads,)), dtype="float32")
+    found = []
+    for n in (1, 2, 3):
+        with la.threads(n):
+            out, lse, state = attend(lq, lk, v, ROOMS["numba"], span=span)
+            found.append((out, lse, *state, *gradients(v, lq, lk, v, ROOMS["numba"], span=span)))
+    for other in found[1:]:
+        for x, y in zip(other, found[0]):
+            assert_bits(x, y)
+
+
+def test_one_token_at_a_time_has_a_kernel_of_its_own(rng):
+    """It gives what the blocks give, masked or not, and the same state in all rooms."""
+    lq, lk, v = draw(rng, n=60, scale=20.0, lead=((2, 3), (2, 1), (2, 1)))
+    key_mask = rng.random((2, 1, 60)) > 0.3
+    states = dict.fromkeys(ROOMS)
+    for t in range(60):
+        outs = []
+        for name, room in ROOMS.items():
+            token = slice(t, t + 1)
+            y, _, states[name] = attend(
+                lq[..., token, :], lk[..., token, :], v[..., token, :], room,
+                key_mask=key_mask[..., token], state=states[name],
+            )  # fmt: skip
+            outs.append(y)
+        assert_close(outs[0], outs[-1])
+    first, *others = states.values()
+    for other in others:
+        assert_same_sums(other, first, FLOAT64)
+        assert np.array_equal(other.gauge, first.gauge)
+
+
 def test_the_gauge_is_invisible(room, rng):
     """A state in another gauge, the same value: the same bits."""
     lq, lk, v = draw(rng, n=40, scale=2.0)

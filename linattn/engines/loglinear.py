@@ -40,11 +40,6 @@ class Options(NamedTuple):
     key_mask: Array | None
 
 
-def log_dtype(x: Array, xp: Any) -> Any:
-    """The dtype in which logarithms are made from `x`: float64 where the library has it, never 16 bits."""
-    return _arrays.wide(x, xp) if _arrays.wide(x, xp) == xp.float64 else _arrays.accumulator(x, xp)
-
-
 def state_shape(lk: Array, v: Array, options: Options) -> tuple[int, ...]:
     """(..., R, E + 1), leading axes of everything that belongs to the keys."""
     lead = [tuple(lk.shape[:-2]), tuple(v.shape[:-2])]

@@ -46,6 +46,7 @@ from ._logs import (
     turn_columns,
     turn_features,
     turn_of,
+    turned_step,
     widen_by_logs,
     widen_rows,
 )
@@ -74,7 +75,7 @@ def scratch_size(n_features: int, n_values: int, columns: int) -> int:
     """Numbers of scratch the kernels carve, the larger of both."""
     features, values = (-(-n // columns) * columns for n in (n_features, n_values))
     states = 2 * columns * (features // columns * rows_of(n_values) + values // columns * rows_of(n_features))
-    return CHUNK * (9 * features + 3 * values + 10) + states + 7 * features + values + 2 * W_SIZE
+    return CHUNK * (9 * features + 3 * values + 10) + states + 7 * features + 2 * values + columns + W_SIZE
 
 
 # -- prologues --------------------------------------------------------------------------------------------------
@@ -164,17 +165,17 @@ def forward_kernel(salt):
 
     def loglinear_forward(
         lq_array, lk_array, v_array, mask, sums_array, rest_array, gauge_array, out_array, lse,
-        new_sums_array, new_rest_array, new_gauge_array, work_array, table, dims, first, last,
+        new_sums_array, new_rest_array, new_gauge_array, work_array, table, dims, first, last, left, right,
     ):  # fmt: skip
-        """Heads first <= i < last: out, lse, and the state after all keys."""
+        """Heads first <= i < last, slices left <= n < right of the values: out, lse, the state after all keys."""
         salt  # noqa: B018
-        N, M, F, E = dims[0], dims[1], dims[2], dims[3]
+        N, M, F, E_all = dims[0], dims[1], dims[2], dims[3]
         q_stride, k_stride, v_stride, mask_stride = dims[4], dims[5], dims[6], dims[7]
         causal, masked, most, room = dims[10] == 1, dims[11] == 1, dims[15], dims[16]
-        E1 = E + 1
+        E1 = E_all + 1
         cols = NV * (N_BYTES // work_array.itemsize)
-        Fp, slices = (F + cols - 1) // cols * cols, (E + cols - 1) // cols
-        Ep, S_rows = slices * cols, rows_of_state(F)
+        Fp, slices, S_rows = (F + cols - 1) // cols * cols, right - left, rows_of_state(F)
+        E, Ep, column = min(E_all, right * cols) - left * cols, slices * cols, left * cols
         S_step = S_rows * 2 * cols
 
         lq, lk, v, out = pointer(lq_array), pointer(lk_array), pointer(v_array), pointer(out_array)
@@ -200,6 +201,33 @@ def forward_kernel(salt):
         turn = behind(m_top, Fp)
         mu = behind(turn, Fp)
         S = behind(mu, Ep)
+        if N == 1 and M == 1:  # a decoding step: straight from state to state
+            clear_rows(4, Fp, Q, 0, CHUNK * Fp)
+            none_rows(2, Fp, NQ, 0, CHUNK * Fp)
+            none_rows(1, Fp, m, 0, 0)
+            for i in range(first, last):
+                j, head, p = table[i, 0], table[i, 1], table[i, 0] * F * E1
+                split_keys(lk, table[i, 5], 0, v, table[i, 6], 0, mask, table[i, 7], 0, masked, 1, F, Fp, E_all,
+                           FK, NK, top)  # fmt: skip
+                split_rows(1, F, lq, table[i, 2], 0, FQ, 0, 0, NQ, 0, 0)
+                copy_rows(1, F, gauge, j * F, 0, m, 0, 0)
+                raise_gauge(1, Fp, NK, 0, 0, m, 0, 0, turn, 0, 0, m, 0, 0)
+                query_rows(1, Fp, FQ, 0, 0, NQ, 0, 0, m, 0, 0, Q, 0, 0, rho, 0, 0)
+                key_rows(1, Fp, FK, 0, 0, NK, 0, 0, m, 0, 0, K, 0, 0)
+                copy_rows(1, E_all, v, table[i, 6], 0, V, 0, 0)
+                V[E_all] = 1
+                if masked and not mask[table[i, 7]]:
+                    clear_rows(1, E1, V, 0, 0)
+                row_dots(1, Fp, Q, 0, 0, K, 0, 0, d, 0, 0)
+                turned_step(F, E1, Q, 0, 0, K, 0, 0, V, 0, 0, d, 0, 0, turn, 0, 0, sums, p, E1, rest, p, E1,
+                            new_sums, p, E1, new_rest, p, E1, Y, 0, 0)  # fmt: skip
+                copy_rows(1, F, m, 0, 0, new_gauge, j * F, 0)
+                d[0] = Y[E_all]
+                divisors(d, 0, 1, den)
+                divide_rows(1, E_all, den, 0, 0, Y, 0, 0, out, head * E_all, 0)
+                lse[head] = rho[0] * LN2 + math.log(den[0]) if den[0] != 0 else -math.inf
+            return
+
         clear_rows(4 * CHUNK, Fp, Q, 0, Fp)
         none_rows(2 * CHUNK, Fp, NQ, 0, Fp)
         clear_rows(2 * CHUNK, Ep, V, 0, Ep)
@@ -207,10 +235,10 @@ def forward_kernel(salt):
 
         for i in range(first, last):
             j, head = table[i, 0], table[i, 1]
-            q_at, k_at, v_at, mask_at = table[i, 2], table[i, 5], table[i, 6], table[i, 7]
+            q_at, k_at, row_at, v_at, mask_at = table[i, 2], table[i, 5], table[i, 6], table[i, 6] + column, table[i, 7]
             same = i > first and table[i - 1, 0] == j  # another query head of the same keys
             if causal or not same:
-                load_state(sums, rest, j * F * E1, F, E, E1, cols, S, ZE, Fp)
+                load_state(sums, rest, j * F * E1, column, E_all, F, E, E1, cols, S, ZE, Fp)
                 none_rows(1, Fp, m, 0, Fp)
                 copy_rows(1, F, gauge, j * F, F, m, 0, Fp)
                 copy_rows(1, Fp, m, 0, Fp, m_top, 0, Fp)
@@ -222,8 +250,8 @@ def forward_kernel(salt):
                 copy_rows(1, Fp, m, 0, Fp, m_top, 0, Fp)
                 for c in range(0, M, CHUNK):
                     n = min(CHUNK, M - c)
-                    split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
-                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E,
+                    split_keys(lk, k_at + c * k_stride, k_stride, v, row_at + c * v_stride, v_stride,
+                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E_all,
                                FK, NK, top)  # fmt: skip
                     lay_keys(FK, NK, m, 0, n, Fp, K)
                     lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
@@ -240,8 +268,8 @@ def forward_kernel(salt):
                 n = min(CHUNK, N - c)
                 split_rows(n, F, lq, q_at + c * q_stride, q_stride, FQ, 0, Fp, NQ, 0, Fp)
                 if causal:
-                    split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
-                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E,
+                    split_keys(lk, k_at + c * k_stride, k_stride, v, row_at + c * v_stride, v_stride,
+                               mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E_all,
                                FK, NK, top)  # fmt: skip
                     widen_rows(n, Fp, NK, 0, Fp, m_top, 0, 0, m_top, 0, 0)
                     a = 0
@@ -262,8 +290,8 @@ def forward_kernel(salt):
                                 S, 0, 2 * cols, W, w, 0, Y, s * Ep, Ep, v, v_at + p * v_stride, v_stride)  # fmt: skip
                         divisors(d, a, b, den)
                         p = head * N + c
-                        divide_rows(b - a, E, den, a, 1, Y, a * Ep, Ep, out, (p + a) * E, E)
-                        for t in range(a, b):
+                        divide_rows(b - a, E, den, a, 1, Y, a * Ep, Ep, out, (p + a) * E_all + column, E_all)
+                        for t in range(a, b if left == 0 else a):
                             lse[p + t] = rho[t] * LN2 + math.log(den[t]) if den[t] != 0 else -math.inf
                         a = b
                     if (c + CHUNK) % SETTLE == 0:
@@ -276,8 +304,8 @@ def forward_kernel(salt):
                     product(F, Fp, n, slices, S_step, cols, Q, 0, 1, S, 0, 2 * cols, Y, 0, Ep)
                     divisors(d, 0, n, den)
                     p = head * N + c
-                    divide_rows(n, E, den, 0, 1, Y, 0, Ep, out, p * E, E)
-                    for t in range(n):
+                    divide_rows(n, E, den, 0, 1, Y, 0, Ep, out, p * E_all + column, E_all)
+                    for t in range(n if left == 0 else 0):
                         lse[p + t] = rho[t] * LN2 + math.log(den[t]) if den[t] != 0 else -math.inf
 
             if not same:
@@ -285,8 +313,9 @@ def forward_kernel(salt):
                 turn_features(S, F, S_rows, slices, cols, ZE, Fp, turn)
                 settle(slices * S_rows, NV, S, 0, 2 * cols)
                 settle(1, Fp // cols * NV, ZE, 0, 0)
-                store_state(S, ZE, F, E, E1, cols, Fp, new_sums, new_rest, j * F * E1)
-                copy_rows(1, F, m_top, 0, Fp, new_gauge, j * F, F)
+                store_state(S, ZE, column, E_all, F, E, E1, cols, Fp, new_sums, new_rest, j * F * E1)
+                if left == 0:
+                    copy_rows(1, F, m_top, 0, Fp, new_gauge, j * F, F)
 
     return loglinear_forward
 
@@ -347,7 +376,7 @@ def backward_kernel(salt):
         )  # fmt: skip
         causal, masked, d_state_given = dims[10] == 1, dims[11] == 1, dims[12] == 1
         d_lse_given, centre, most, room = dims[13] == 1, dims[14] == 1, dims[15], dims[16]
-        E1 = E + 1
+        E1, zero = E + 1, work_array.dtype.type(0)
         cols = NV * (N_BYTES // work_array.itemsize)
         S_slices, X_slices = (F + cols - 1) // cols, (E + cols - 1) // cols
         Fp, Ep, S_rows, X_rows = S_slices * cols, X_slices * cols, rows_of_state(E), rows_of_state(F)
@@ -381,8 +410,7 @@ def backward_kernel(salt):
         edges = behind(ones, CHUNK)
         opened = behind(edges, CHUNK)
         W = behind(opened, CHUNK)
-        W2 = behind(W, W_SIZE)
-        ZE = behind(W2, W_SIZE)
+        ZE = behind(W, W_SIZE)
         RE = behind(ZE, 2 * Fp)
         m = behind(RE, 2 * Fp)
         m_top = behind(m, Fp)
@@ -406,10 +434,10 @@ def backward_kernel(salt):
             state_at = j * F * E1
             if centre and not same:
                 visible_mean(v, v_at, v_stride, M, E, mask, mask_at, mask_stride, masked, dots, mu)
-            load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Ep, cols, mu, X, RE, Fp)
 
             # sweep 1, forward in time: d_lq, den and h
-            load_centred(sums, rest, state_at, F, E, E1, cols, mu, S, ZE, Fp)
+            load_centred(sums, rest, state_at, F, E, E1, cols, mu, S, ZE, Fp, Ep, X)
+            load_cotangent(d_state, d_state_given and not same, state_at, F, E, E1, Ep, cols, mu, X, RE, Fp)
             none_rows(1, Fp, m, 0, Fp)
             copy_rows(1, F, gauge, j * F, F, m, 0, Fp)
             copy_rows(1, Fp, m, 0, Fp, m_top, 0, Fp)
@@ -525,12 +553,12 @@ def backward_kernel(salt):
                         s = a // T * T
                         w, p = s // T * PAIRS, max(0, c - CHUNK)
                         pairs_back(b - s, Fp, False, K, s * Fp, Fp, Q, s * Fp, Fp, RE, 0, Fp, W, w, 0, d, s, 1)
-                        pairs_back(b - s, Ep, False, V, s * Ep, Ep, G, s * Ep, Ep, RE, 0, Fp, W2, w, 0, d, s, 1)
                         retreat(b - s, X_slices, F, X_step, K, s * Fp, Fp, Q, s * Fp, Fp, G, s * Ep, Ep,
                                 X, 0, 2 * cols, W, w, 0, U, s * Ep, Ep,
                                 v, v_at + p * v_stride, v_stride, d_out, g_at + p * g_stride, g_stride)  # fmt: skip
+                        pairs_back(b - s, Ep, False, V, s * Ep, Ep, G, s * Ep, Ep, RE, 0, Fp, W, w, 0, d, s, 1)
                         retreat(b - s, S_slices, E, S_step, V, s * Ep, Ep, G, s * Ep, Ep, Q, s * Fp, Fp,
-                                S, 0, 2 * cols, W2, w, 0, Y, s * Fp, Fp)  # fmt: skip
+                                S, 0, 2 * cols, W, w, 0, Y, s * Fp, Fp)  # fmt: skip
                         add_later(b - a, Fp, Q, a * Fp, Fp, RE, 0, Fp, h, c + a, 1, Y, a * Fp, Fp)
                         finish_keys(a, b, F, Fp, E, Ep, K, Y, U, same, d_lk, d_v, j * M + c)
                         if opened[k] == 1:
@@ -568,6 +596,8 @@ def backward_kernel(salt):
                 turn_features(X, F, X_rows, X_slices, cols, RE, Fp, turn)
             settle(X_slices * X_rows, NV, X, 0, 2 * cols)
             settle(1, S_slices * NV, RE, 0, 0)
-            store_cotangent(X, RE, F, E, E1, cols, Fp, mu, d_before, state_at, same)
+            store_cotangent(X, F, E, E1, cols, mu, zero, d_before, state_at, same)
+            for f in range(F):
+                d_before[state_at + f * E1 + E] += RE[f]
 
     return loglinear_backward

@@ -1,119 +1,183 @@
 """The log-linear engine, compiled for the CPU. Definition: backends/reference/loglinear.py; kernels: _loglinear.py.
 
-Here: views, tables, results and types. The sums of a state are compensated: their value is 2^gauge (sums + rest).
+Here: views, tables, results, types and threads. A state is compensated: its value is 2^gauge (sums + rest).
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 from numba import types
 
+from . import threads
+from ._calls import (
+    DIMS,
+    MASK,
+    NO_MASK,
+    TABLE,
+    WORTH_SHARING,
+    delivered,
+    flat_result,
+    parts,
+    reads,
+    spans,
+    summed,
+    usable,
+    writes,
+)
 from ._jit import compile_kernel
-from ._layout import flat, plan, scratch
+from ._layout import LAYOUTS, Heads, described, flat, heads, kind_of, loadable, scratch
 from ._loglinear import backward_kernel, forward_kernel, scratch_size
 from ._logs import head_room
 from ._tiles import CHUNK, TILE
-from .linear import delivered, described, summed, usable, widened
 
 
 @cache
 def kernel(direction: str, dtype: np.dtype, of_logs: np.dtype):
     """The compiled kernel; the first call in a process compiles it or loads it from the cache."""
-    real, log = ({"float32": types.float32, "float64": types.float64}[x.name] for x in (dtype, of_logs))
-
-    def given(kind, n_axes=1):
-        return types.Array(kind, n_axes, "C", readonly=True)
-
-    x, made = given(real), types.Array(real, 1, "C")
-    log, mask = given(log), given(types.boolean)
-    rest = (given(types.int64, 2), given(types.int64), types.intp, types.intp)
+    stored, real = kind_of(dtype)[-2:]
+    given, log, x, made = reads(stored), reads(kind_of(of_logs).numba), reads(real), writes(real)
+    shares = (TABLE, DIMS, types.intp, types.intp)
     if direction == "forward":
-        return compile_kernel(forward_kernel, (log, log, x, mask, x, x, x, *[made] * 6, *rest))
-    return compile_kernel(backward_kernel, (x, x, x, log, log, x, mask, x, x, x, *[made] * 8, *rest))
+        results = (writes(stored), *[made] * 5)
+        return compile_kernel(
+            forward_kernel, (log, log, given, MASK, x, x, x, *results, *shares, types.intp, types.intp)
+        )
+    return compile_kernel(backward_kernel, (given, x, x, log, log, given, MASK, x, x, x, *[made] * 8, *shares))
 
 
-def whole(dtype):
-    """The integers that are as wide as `dtype`: kernels take gauges as the bits of numbers."""
-    return {4: np.int32, 8: np.int64}[dtype.itemsize]
+class Layout(NamedTuple):
+    """All of a call that its shapes, strides and options decide."""
+
+    heads: Heads
+    dims: np.ndarray
+    shape: tuple[int, ...]  # of out
+    n_heads: int
+    slices: int  # of the values' columns
+    padded: int  # features up to whole slices
+    scratch: int
+    cost: float  # multiply-adds of a forward
 
 
-class Call:
-    """What both directions need of the logarithms, v and the mask: flat views, the plan, sizes and switches."""
+@lru_cache(LAYOUTS)
+def layout(itemsize, lq, lk, v, mask, d_out, d_lse, span, d_state_given, centre, room) -> Layout:
+    """The layout of a call whose arrays are known as `described`; `itemsize` is that of the results."""
+    found = heads(((lk, 2, True), (v, 2, True), (mask, 1, False)), ((lq, 2, True), (d_out, 2, True), (d_lse, 1, False)))
+    (N, R), (M, E) = lq[0][-2:], v[0][-2:]
+    q_stride, g_stride, l_stride, k_stride, v_stride, mask_stride = found.strides
+    switches = (span == "past", mask is not None, d_state_given, d_lse is not None, centre)
+    dims = np.array(
+        [N, M, R, E, q_stride, k_stride, v_stride, mask_stride, g_stride, l_stride, *switches, *room], np.int64
+    )
+    n_heads, columns = prod(found.lead), TILE.columns(itemsize)
+    return Layout(
+        heads=found,
+        dims=dims,
+        shape=(*found.lead, N, E),
+        n_heads=n_heads,
+        slices=-(-E // columns),
+        padded=-(-R // columns) * columns,
+        scratch=scratch_size(R, E, columns),
+        cost=float(n_heads * (N + M) * R * (E + 1)),
+    )
 
-    def __init__(self, lq, lk, v, state, span, key_mask, d_out=None, d_lse=None, d_state=None, centre=True):
-        v = widened(v)
-        self.dtype = dtype = v.dtype
-        self.of_logs = np.result_type(lq, lk, dtype)
-        lq, lk = np.asarray(lq, self.of_logs), np.asarray(lk, self.of_logs)
-        self.lq, lq = flat(lq)
-        self.lk, lk = flat(lk)
-        self.v, v = flat(v)
-        none = self.v[:0]
-        mask_array = d_out_array = d_lse_array = None
-        self.mask = np.zeros(0, np.bool_)
-        self.d_out = self.d_lse = none
-        if key_mask is not None:
-            self.mask, key_mask = flat(key_mask, last_axis=False)
-            mask_array = described(key_mask, 1)
-        if d_out is not None:
-            self.d_out, d_out = flat(widened(d_out))
-            d_out_array = described(d_out, 2)
-        if d_lse is not None:
-            self.d_lse, d_lse = flat(np.asarray(d_lse, dtype), last_axis=False)
-            d_lse_array = described(d_lse, 1)
-        self.plan = plan((described(lk, 2), described(v, 2), mask_array), (described(lq, 2), d_out_array, d_lse_array))
-        self.N, self.M, self.R, self.E = lq.shape[-2], lk.shape[-2], lq.shape[-1], v.shape[-1]
-        self.sums, self.rest = (np.ascontiguousarray(x, dtype).reshape(-1) for x in state[:2])
-        self.gauge = np.ascontiguousarray(state[2], whole(dtype)).reshape(-1).view(dtype)
-        q_stride, g_stride, l_stride, k_stride, v_stride, mask_stride = self.plan.strides
-        switches = (span == "past", *(x is not None for x in (key_mask, d_state, d_lse)), centre)
-        self.dims = np.array(
-            [self.N, self.M, self.R, self.E, q_stride, k_stride, v_stride, mask_stride, g_stride, l_stride,
-             *switches, *head_room(dtype.itemsize, self.R)],
-            np.int64,
-        )  # fmt: skip
-        self.columns = TILE.columns(dtype.itemsize)
-        self.work = scratch(dtype, scratch_size(self.R, self.E, self.columns))
 
-    @property
-    def operands(self):
-        return self.lq, self.lk, self.v, self.mask
+def logarithms(lq, lk, real):
+    """Both in one dtype, the wider; float32 is exact where it was enough for the caller."""
+    dtype = np.result_type(lq, lk, real)
+    return lq.astype(dtype, copy=False), lk.astype(dtype, copy=False)
+
+
+def whole(real):
+    """The integers as wide as `real`: kernels take gauges as the bits of its numbers."""
+    return {4: np.int32, 8: np.int64}[real.itemsize]
+
+
+def operands(lq, lk, v, state, key_mask, kind):
+    """The arrays both kernels read, flat."""
+    v = v if kind.stored is kind.seen_as else v.view(kind.seen_as)
+    mask = NO_MASK if key_mask is None else flat(key_mask, last_axis=False)
+    gauge = state[2].astype(whole(kind.real)).reshape(-1).view(kind.real)
+    return flat(lq), flat(lk), flat(v), mask, state[0].reshape(-1), state[1].reshape(-1), gauge
 
 
 def forward(lq, lk, v, state, *, span, key_mask, out, xp):
     """out (..., N, E), lse (..., N) and the state after all keys. Arguments: engines/loglinear.py."""
-    call = Call(lq, lk, v, state, span, key_mask)
-    dtype, lead = call.dtype, call.plan.lead
-    shape = (*lead, call.N, call.E)
-    result = out if usable(out, dtype) else np.empty(shape, dtype)
-    lse = np.empty((*lead, call.N), dtype)
-    after = *(np.empty(state[0].shape, dtype) for _ in range(2)), np.empty(state[2].shape, whole(dtype))
-    kernel("forward", dtype, call.of_logs)(
-        *call.operands, call.sums, call.rest, call.gauge, result.reshape(-1), lse.reshape(-1),
-        *(x.reshape(-1).view(dtype) for x in after), call.work, call.plan.table, call.dims, 0, prod(lead),
+    dtype = v.dtype
+    (v,) = loadable(v)
+    kind = kind_of(v.dtype)
+    real = kind.real
+    lq, lk = logarithms(lq, lk, real)
+    plan = layout(
+        real.itemsize, described(lq), described(lk), described(v), described(key_mask), None, None, span, False, True,
+        head_room(real.itemsize, lq.shape[-1]),
     )  # fmt: skip
-    return delivered(result, out, v.dtype, shape), lse, (*after[:2], after[2].astype(np.int32))
+    result = out if usable(out, kind) else np.empty(plan.shape, v.dtype)
+    lse = np.empty(plan.shape[:-1], real)
+    sums, rest = np.empty(state[0].shape, real), np.empty(state[0].shape, real)
+    gauge = np.empty(state[2].shape, whole(real))
+    run = kernel("forward", v.dtype, lq.dtype)
+    arrays = (
+        *operands(lq, lk, v, state, key_mask, kind), flat_result(result, kind), lse.reshape(-1),
+        sums.reshape(-1), rest.reshape(-1), gauge.reshape(-1).view(real),
+    )  # fmt: skip
+    table, dims, size = plan.heads.table, plan.dims, plan.scratch
+
+    def share(what):
+        run(*arrays, scratch(real, size), table, dims, *what)
+
+    everything = (0, plan.n_heads, 0, max(1, plan.slices))
+    if plan.cost < WORTH_SHARING:
+        share(everything)
+    else:
+        n_threads, groups = threads.number(), plan.heads.groups
+        columns = parts(everything[3], -(-n_threads // max(1, len(groups) - 1)))
+        threads.run(
+            share, [(*rows, *some) for rows in spans(groups, plan.cost, n_threads) for some in columns], n_threads
+        )
+    return delivered(result, out, dtype), lse, (sums, rest, gauge.astype(np.int32))
 
 
 def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre, xp):
     """Cotangents of lq, lk, v and of the incoming sums. The lines of `forward`, last line first: _loglinear.py."""
-    call = Call(lq, lk, v, state, span, key_mask, d_out, d_lse, d_state, centre)
-    dtype, lead, lead_kv = call.dtype, call.plan.lead, call.plan.lead_kv
-    after = call.v[:0] if d_state is None else np.ascontiguousarray(d_state, dtype).reshape(-1)
-    d_lq, d_lk = np.empty((*lead, call.N, call.R), dtype), np.empty((*lead_kv, call.M, call.R), dtype)
-    d_v, d_before = np.empty((*lead_kv, call.M, call.E), dtype), np.empty(state[0].shape, dtype)
-    if prod(lead) == 0:  # no query head: nothing reaches keys or state
-        d_lk[...] = d_v[...] = 0
-        d_before[...] = 0 if d_state is None else d_state
-    padded = -(-call.R // call.columns) * call.columns
-    marks = np.empty(-(-call.N // CHUNK) * padded, dtype)
-    den, h = np.empty(call.N, dtype), np.empty(call.N, dtype)
-    kernel("backward", dtype, call.of_logs)(
-        call.d_out, call.d_lse, after, *call.operands, call.sums, call.rest, call.gauge,
-        *(x.reshape(-1) for x in (d_lq, d_lk, d_v, d_before)), call.work, marks, den, h,
-        call.plan.table, call.dims, 0, prod(lead),
+    given = lq, lk, v
+    d_out, v = loadable(d_out, v)
+    kind = kind_of(v.dtype)
+    real = kind.real
+    lq, lk = logarithms(lq, lk, real)
+    d_lse = None if d_lse is None else d_lse.astype(real, copy=False)
+    plan = layout(
+        real.itemsize, described(lq), described(lk), described(v), described(key_mask), described(d_out),
+        described(d_lse), span, d_state is not None, centre, head_room(real.itemsize, lq.shape[-1]),
     )  # fmt: skip
-    return summed(d_lq, lq.shape), summed(d_lk, lk.shape), summed(d_v, v.shape), d_before
+    found, n_heads, padded = plan.heads, plan.n_heads, plan.padded
+    N, M, R, E = plan.dims[:4].tolist()
+    shapes = (*found.lead, N, R), (*found.lead_kv, M, R), (*found.lead_kv, M, E)
+    grads = [np.empty(shape, real) for shape in shapes]
+    d_before = np.empty(state[0].shape, real)
+    if n_heads == 0:  # no query head: nothing reaches keys or state
+        for d_x in grads[1:]:
+            d_x[...] = 0
+        d_before[...] = 0 if d_state is None else d_state
+    none = d_before.reshape(-1)[:0]
+    run = kernel("backward", v.dtype, lq.dtype)
+    arrays = (
+        flat(d_out if kind.stored is kind.seen_as else d_out.view(kind.seen_as)),
+        none if d_lse is None else flat(d_lse, last_axis=False),
+        none if d_state is None else np.ascontiguousarray(d_state, real).reshape(-1),
+        *operands(lq, lk, v, state, key_mask, kind),
+        *(d_x.reshape(-1) for d_x in grads), d_before.reshape(-1),
+    )  # fmt: skip
+    table, dims, size = found.table, plan.dims, plan.scratch
+
+    def share(rows):
+        marks = np.empty(-(-N // CHUNK) * padded, real)
+        run(*arrays, scratch(real, size), marks, np.empty(N, real), np.empty(N, real), table, dims, *rows)
+
+    n_threads = threads.number() if plan.cost >= WORTH_SHARING else 1
+    rows = spans(found.groups, 3 * plan.cost, n_threads) if n_heads else []
+    threads.run(share, rows, n_threads)
+    return *(summed(d_x, x.shape) for d_x, x in zip(grads, given, strict=True)), d_before
