@@ -47,8 +47,8 @@ from ._logs import (
     turn_features,
     turn_of,
     turned_step,
+    widen,
     widen_by_logs,
-    widen_rows,
 )
 from ._products import PAIRS, advance, pairs, pairs_back, product, product_add, retreat, settle
 from ._rows import (
@@ -94,8 +94,15 @@ def split_keys(lk, at, stride, v, v_at, v_stride, mask, mask_at, mask_stride, ma
 
 
 @helper
-def end_of_span(n, m, Fp, first, count, top, most, room, bits):
-    """The first row from `first` on that exceeds the gauge by too much, or count."""
+def end_of_span(n, m, m_top, Fp, first, count, top, most, room, bits):
+    """The first row from `first` on that exceeds the gauge by too much, or count. m_top: the gauge of these rows."""
+    if first < count:
+        excess_rows(1, Fp, m_top, 0, 0, m, 0, 0, bits, first, 0)
+        largest = top[first]
+        for t in range(first + 1, count):
+            largest = max(largest, top[t])
+        if bits[first] <= row_limit(largest, most, room):
+            return count
     excess_rows(count - first, Fp, n, first * Fp, Fp, m, 0, 0, bits, first, 1)
     for t in range(first, count):
         if bits[t] > row_limit(top[t], most, room):
@@ -271,14 +278,14 @@ def forward_kernel(salt):
                     split_keys(lk, k_at + c * k_stride, k_stride, v, row_at + c * v_stride, v_stride,
                                mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E_all,
                                FK, NK, top)  # fmt: skip
-                    widen_rows(n, Fp, NK, 0, Fp, m_top, 0, 0, m_top, 0, 0)
+                    widen(n, Fp, NK, 0, Fp, m_top, 0, 0)
                     a = 0
                     while a < n:
-                        b = end_of_span(NK, m, Fp, a, n, top, most, room, bits)
+                        b = end_of_span(NK, m, m_top, Fp, a, n, top, most, room, bits)
                         if b == a:  # a span opens
                             raise_gauge(1, Fp, NK, a * Fp, Fp, m, 0, Fp, turn, 0, Fp, m, 0, Fp)
                             turn_features(S, F, S_rows, slices, cols, ZE, Fp, turn)
-                            b = end_of_span(NK, m, Fp, a + 1, n, top, most, room, bits)
+                            b = end_of_span(NK, m, m_top, Fp, a + 1, n, top, most, room, bits)
                         lay_queries(FQ, NQ, m, a, b, Fp, Q, rho)
                         lay_keys(FK, NK, m, a, b, Fp, K)
                         lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
@@ -473,15 +480,15 @@ def backward_kernel(salt):
                     split_keys(lk, k_at + c * k_stride, k_stride, v, v_at + c * v_stride, v_stride,
                                mask, mask_at + c * mask_stride, mask_stride, masked, n, F, Fp, E,
                                FK, NK, top)  # fmt: skip
-                    widen_rows(n, Fp, NK, 0, Fp, m_top, 0, 0, m_top, 0, 0)
+                    widen(n, Fp, NK, 0, Fp, m_top, 0, 0)
                     a = 0
                     while a < n:
-                        b = end_of_span(NK, m, Fp, a, n, top, most, room, bits)
+                        b = end_of_span(NK, m, m_top, Fp, a, n, top, most, room, bits)
                         if b == a:  # a span opens
                             raise_gauge(1, Fp, NK, a * Fp, Fp, m, 0, Fp, turn, 0, Fp, m, 0, Fp)
                             turn_columns(S, E, S_rows, Fp, cols, turn)
                             multiply_rows(2, Fp, ZE, 0, Fp, turn, 0, 0, ZE, 0, Fp)
-                            b = end_of_span(NK, m, Fp, a + 1, n, top, most, room, bits)
+                            b = end_of_span(NK, m, m_top, Fp, a + 1, n, top, most, room, bits)
                         lay_queries(FQ, NQ, m, a, b, Fp, Q, rho)
                         lay_keys(FK, NK, m, a, b, Fp, K)
                         lay_values(v, v_at + c * v_stride, v_stride, mu, mask, mask_at + c * mask_stride, mask_stride,
@@ -529,17 +536,19 @@ def backward_kernel(salt):
                     split_rows(n, F, lq, q_at + c * q_stride, q_stride, FQ, 0, Fp, NQ, 0, Fp)
                     # the spans of this chunk, again; where one opens, earlier tokens have another gauge
                     copy_rows(1, Fp, marks, c // CHUNK * Fp, Fp, spans, 0, Fp)
+                    copy_rows(1, Fp, spans, 0, Fp, m_top, 0, Fp)
+                    widen(n, Fp, NK, 0, Fp, m_top, 0, 0)
                     n_spans, b = 0, 0
                     while b < n:
                         a, here = b, n_spans * Fp
                         if n_spans:
                             copy_rows(1, Fp, spans, here - Fp, Fp, spans, here, Fp)
                         edges[n_spans], opened[n_spans] = a, 0
-                        b = end_of_span(NK, behind(spans, here), Fp, a, n, top, most, room, bits)
+                        b = end_of_span(NK, behind(spans, here), m_top, Fp, a, n, top, most, room, bits)
                         if b == a:
                             opened[n_spans] = 1
                             raise_gauge(1, Fp, NK, a * Fp, Fp, spans, here, Fp, turn, 0, Fp, spans, here, Fp)
-                            b = end_of_span(NK, behind(spans, here), Fp, a + 1, n, top, most, room, bits)
+                            b = end_of_span(NK, behind(spans, here), m_top, Fp, a + 1, n, top, most, room, bits)
                         n_spans += 1
                     b = n
                     for k in range(n_spans - 1, -1, -1):

@@ -21,7 +21,7 @@ from ._vector import I64, Emitter, operation, rowwise, two_sum
 __all__ = [
     "NONE", "cotangent_rows", "excess_rows", "head_room", "key_rows", "multiply_rows", "multiply_rows_add", "none_rows",
     "query_rows", "raise_gauge", "row_limit", "split_rows", "top_rows", "turn_columns", "turn_features", "turn_of",
-    "turned_step", "widen_by_logs", "widen_rows",
+    "turned_step", "widen", "widen_by_logs",
 ]  # fmt: skip
 
 NONE = -(2**29)
@@ -98,7 +98,6 @@ def _raised(v, n, m):
 
 split_rows = rowwise(0, 2, _split)  # x -> f, n
 none_rows = rowwise(0, 1, lambda v: v.as_real(v.int_const(NONE)))
-widen_rows = rowwise(0, 1, _larger)  # n, m -> m' = max(n, m)
 widen_by_logs = rowwise(0, 1, lambda v, x, m: _larger(v, v.as_real(_rounded(v, x)[-1]), m))
 raise_gauge = rowwise(0, 2, _raised)  # n, m -> 2^(m - m'), m' = max(n, m)
 turn_of = rowwise(0, 1, lambda v, old, new: _power(v, _difference(v, old, new)))  # 2^(old - new), old <= new
@@ -153,6 +152,20 @@ def excess_rows(v, sizes, memories):
         bits.store(one, b.sitofp(largest, one.type), t)
 
     v.loop(I64(0), count, 1, [], row)
+
+
+@operation
+def widen(v, sizes, memories):
+    """widen(count, width, n, m): m = max(m, n of every row)."""
+    count, width = sizes
+    (nn, ldn), (mm, _) = memories
+
+    def part(x, _):
+        (found,) = v.loop(I64(0), count, 1, [v.as_int(mm.load(v, x))],
+                          lambda t, acc: [v.larger(acc[0], v.as_int(nn.load(v, v.b.mul(t, ldn), x)))])  # fmt: skip
+        mm.store(v, v.as_real(found), x)
+
+    v.loop(I64(0), width, v.lanes, [], part)
 
 
 @operation
