@@ -130,6 +130,7 @@ VALUES = [
     la.Linear("relu"),
     la.Linear("identity", normalize=False),
     la.Linear(normalize=False),
+    la.Linear("exp"),
     la.Linear(BOTH_SIDES),
     la.Linear(eps=("clamp", 25.0)),  # reached by some rows and not by others
     la.Linear("relu", eps=("add", 0.5)),
