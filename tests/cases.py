@@ -152,7 +152,7 @@ VALUES = [
     la.LLN(calibration="exact", scope="sample", statistics="differentiated"),
     la.LLN(calibration=(0.3, -0.1), scope="head", statistics="differentiated"),
     la.LLNDiag(block=4),
-    la.LLNDiag(alpha=0.8, beta=0.6, block=3, ratio=0.25),
+    la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
 ]
 MAIN = [
     la.Linear(),
@@ -160,7 +160,7 @@ MAIN = [
     la.Softmax(),
     la.Performer(12),
     la.LLN(alpha=0.8, beta=0.6),
-    la.LLNDiag(alpha=0.8, beta=0.6, block=3, ratio=0.25),
+    la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
 ]
 FEATURE_ERROR = {  # e_phi / u
     "identity": 0,
@@ -183,6 +183,11 @@ def has_blocks(attend):
 def reads_the_call(attend):
     """Whether some of its numbers are moments of q and k."""
     return isinstance(attend, (la.LLN, la.LLNDiag)) and attend.alpha is None
+
+
+def sees_others(attend):
+    """Whether such moments are taken over more than one head of one sequence."""
+    return reads_the_call(attend) and attend.scope != "sample"
 
 
 def holds_moments(attend):

@@ -144,7 +144,7 @@ def _cut(
     mask = None if options.key_mask is None else options.key_mask[..., tokens]
     if piece.cached and state is not None:
         k, v, mask = softmax.extend(state, k, v, mask, xp)
-    q, k, v = (_split(_arrays.cast(x, dtype, xp), piece, xp) for x in (q, k, v))
+    q, k, v = (_split(_arrays.row_major(_arrays.cast(x, dtype, xp)), piece, xp) for x in (q, k, v))
     if mask is not None and piece.blocks:
         mask = xp.reshape(mask, (*mask.shape[:-1], piece.blocks, options.block))
     return q, k, v, softmax.Options(options.scale, options.span, piece.cached, mask)
@@ -200,9 +200,9 @@ def _advanced(k: Array, v: Array, state: SoftmaxState | None, options: Options, 
         return None
     if options.used + k.shape[-2] < options.block:
         return softmax.extend(state, k, v, options.key_mask, xp)
-    first = k.shape[-2] - _n_kept(k.shape[-2], options, _n_cached(state))  # the open block is closed and dropped
-    visible = None if options.key_mask is None else options.key_mask[..., first:]
-    return SoftmaxState(k[..., first:, :], v[..., first:, :], visible)
+    first = k.shape[-2] - _n_kept(k.shape[-2], options, _n_cached(state))  # the open block is closed; copies
+    visible = None if options.key_mask is None else xp.concat([options.key_mask[..., first:]], axis=-1)
+    return SoftmaxState(xp.concat([k[..., first:, :]], axis=-2), xp.concat([v[..., first:, :]], axis=-2), visible)
 
 
 def _plus_last(d: Array, x: Array, count: int, xp: Any) -> Array:

@@ -173,10 +173,10 @@ class LLN(Scaled, LogFeatureAttention):
         return found.alpha, found.beta
 
     def _log_q(self, q: Array, constants: tuple[Array, Array], call: Call) -> Array:
-        return constants[0] * _arrays.cast(q, _arrays.wide(q, call.xp), call.xp)
+        return _arrays.row_major(constants[0] * _arrays.cast(q, _arrays.wide(q, call.xp), call.xp))
 
     def _log_k(self, k: Array, constants: tuple[Array, Array], call: Call) -> Array:
-        return constants[1] * _arrays.cast(k, _arrays.wide(k, call.xp), call.xp)
+        return _arrays.row_major(constants[1] * _arrays.cast(k, _arrays.wide(k, call.xp), call.xp))
 
     def _log_q_vjp(self, d_lq: Array, q: Array, constants: tuple[Array, Array], call: Call) -> tuple[Array, Any]:
         """lq = alpha q: d_q = alpha d_lq, d_alpha = sum d_lq q."""

@@ -64,7 +64,7 @@ class RandomFeatureAttention(LogFeatureAttention):
     def _moved(self, q: Array, side: str, constants: Constants, call: Call) -> Array:
         """x' = A x or y' = A^-T (y - c)."""
         xp = call.xp
-        x = math.sqrt(self._scale(q)) * _arrays.cast(q, _arrays.wide(q, xp), xp)
+        x = _arrays.row_major(math.sqrt(self._scale(q)) * _arrays.cast(q, _arrays.wide(q, xp), xp))
         if side == "k" and constants.c is not None:
             x = x - constants.c
         turn = constants.a_t if side == "q" else constants.inverse
