@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from linattn import _arrays
 from linattn._arrays import Array
 from linattn.backends.reference import loglinear as reference
-from linattn.backends.reference.loglinear import NONE
+from linattn.backends.reference._gauges import NONE, Powers
 
 
 class LogLinearState(NamedTuple):
@@ -95,13 +95,14 @@ def centred(state: LogLinearState, centre: Array, xp: Any) -> LogLinearState:
     total = reference.value(state, xp)
     lost = total[..., -1:] * _arrays.cast(centre, total.dtype, xp)
     total = xp.concat([total[..., :-1] - lost, total[..., -1:]], axis=-1)
-    return LogLinearState(*reference.rounded(total, state.sums, xp), state.gauge)
+    sums, rest = reference.rounded(total, state.sums, xp)
+    return LogLinearState(sums, rest, state.gauge)
 
 
 def merge(earlier: LogLinearState, later: LogLinearState, xp: Any) -> LogLinearState:
     """The state of the keys of both, at the larger gauge; what their addition rounds away goes to `rest`."""
     gauge = xp.maximum(earlier.gauge, later.gauge)
-    powers = reference.Powers(earlier.sums, xp)
+    powers = Powers(earlier.sums, xp)
     parts = []
     for state in (earlier, later):
         shift = powers(state.gauge - gauge, state.sums.dtype)[..., None]
