@@ -76,6 +76,8 @@ def draw(found, n_tokens, sigmas, path):
             axis.semilogx(temperature, rows[:, column], marker="o", label=name)
         valid = theory > 0
         axis.semilogx(temperature[valid], theory[valid], color="black", linestyle=":", label="log-normal model")
+        axis.minorticks_off()
+        axis.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
         axis.set(xlabel="temperature of softmax, 1 / sigma^2", title=title)
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=100)

@@ -61,6 +61,8 @@ def draw(found, baseline, rows, path):
         for name in ESTIMATORS:
             axis.loglog(rows, found[sigma, name], marker="o", label=name)
         axis.axhline(baseline[sigma], color="black", linestyle=":", label="mean of v")
+        axis.minorticks_off()
+        axis.set_xticks(rows, [str(m) for m in rows])
         axis.set(title=f"sigma = {sigma:g}", xlabel="rows of the projection", ylabel="mean squared error")
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=100)

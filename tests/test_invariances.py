@@ -229,16 +229,15 @@ def test_an_offset_of_scores_cancels(attend, backend, rng):
 # -- copies -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "attend, backend",
-    values_on_backends(
-        [
-            a
-            for a in VALUES
-            if is_distribution(a) and not (has_blocks(a) or reads_the_call(a)) and a != la.CosFormer(align="stretch")
-        ]
-    ),
-)
+TWICE = [
+    attend
+    for attend in VALUES
+    if is_distribution(attend) and not has_blocks(attend) and not reads_the_call(attend)
+    if attend != la.CosFormer(align="stretch")
+]
+
+
+@pytest.mark.parametrize("attend, backend", values_on_backends(TWICE))
 def test_all_keys_twice(attend, backend, rng):
     (q, k, v), _ = Case(attend, n=13, m=7).draw(rng)
     options, twice = {}, {}
@@ -251,12 +250,10 @@ def test_all_keys_twice(attend, backend, rng):
     assert_close(attend(q, np.concatenate([k, k], 1), np.concatenate([v, v], 1), **twice, backend=backend), out)
 
 
-@pytest.mark.parametrize(
-    "case, backend",
-    on_backends(
-        [case for case in CASES if not case.moved and len(case.lead[0]) <= 2 and not reads_the_call(case.attend)]
-    ),
-)
+BROADCAST = [case for case in CASES if not case.moved and len(case.lead[0]) <= 2 and not reads_the_call(case.attend)]
+
+
+@pytest.mark.parametrize("case, backend", on_backends(BROADCAST))
 def test_broadcast_arguments_are_repeated_ones(case, backend, rng):
     """The same result, and gradients summed over the copies."""
     args, options = case.draw(rng)
