@@ -99,7 +99,7 @@ FAMILIES = tuple(families(np.random.default_rng(0), 1))
 
 
 def empty(lk, v):
-    return loglinear.empty_state(loglinear.state_shape(lk, v, Options("past", None)), v, np)
+    return loglinear.empty_state(loglinear.state_shape(lk.shape, v.shape, None), v, np)
 
 
 def assert_same_sums(got, want, tolerance):

@@ -139,7 +139,7 @@ def _absorbed(
 
 def _no_rows(part: _Part, xp: Any) -> Array:
     """d_out of keys alone."""
-    shape = loglinear.state_shape(part.lk, part.v, part.options)
+    shape = loglinear.state_shape(tuple(part.lk.shape), tuple(part.v.shape), part.options.key_mask)
     return xp.zeros((*shape[:-2], 0, part.v.shape[-1]), dtype=part.v.dtype, device=_arrays.device(part.v))
 
 

@@ -40,12 +40,12 @@ class Options(NamedTuple):
     key_mask: Array | None
 
 
-def state_shape(lk: Array, v: Array, options: Options) -> tuple[int, ...]:
-    """(..., R, E + 1), leading axes of everything that belongs to the keys."""
-    lead = [tuple(lk.shape[:-2]), tuple(v.shape[:-2])]
-    if options.key_mask is not None:
-        lead.append(tuple(options.key_mask.shape[:-1]))
-    return (*_arrays.broadcast_shapes(*lead), lk.shape[-1], v.shape[-1] + 1)
+def state_shape(lk: tuple[int, ...], v: tuple[int, ...], key_mask: Array | None) -> tuple[int, ...]:
+    """(..., R, E + 1) for lk (..., M, R), v (..., M, E); the leading axes of everything that belongs to the keys."""
+    leads = [lk[:-2], v[:-2]]
+    if key_mask is not None:
+        leads.append(tuple(key_mask.shape[:-1]))
+    return (*_arrays.broadcast_shapes(*leads), lk[-1], v[-1] + 1)
 
 
 def empty_state(shape: tuple[int, ...], like: Array, xp: Any) -> LogLinearState:
@@ -65,7 +65,7 @@ def forward(
     NaN. `room` is a backend's loglinear.py.
     """
     if state is None:
-        state = empty_state(state_shape(lk, v, options), v, xp)
+        state = empty_state(state_shape(tuple(lk.shape), tuple(v.shape), options.key_mask), v, xp)
     result, lse, after = room.forward(lq, lk, v, tuple(state), **options._asdict(), out=out, xp=xp)
     return result, lse, LogLinearState(*after)
 
@@ -81,7 +81,7 @@ def backward(
     Values are centred, which changes nothing but the rounding; not if `centre` is False, for values that already are.
     """
     if state is None:
-        state = empty_state(state_shape(lk, v, options), v, xp)
+        state = empty_state(state_shape(tuple(lk.shape), tuple(v.shape), options.key_mask), v, xp)
     return room.backward(d_out, d_lse, d_state, lq, lk, v, tuple(state), **options._asdict(), centre=centre, xp=xp)
 
 

@@ -92,6 +92,9 @@ class Linear(FeatureAttention, LogFeatureAttention):
     def _merge(self, earlier: Any, later: Any, xp: Any) -> Any:
         return self._verbs._merge(self, earlier, later, xp)
 
+    def _log_shape(self, k: Array, call: Call) -> tuple[int, ...]:
+        return tuple(k.shape)
+
     # phi = exp:  log phi(q) = q, log phi(k) = k
 
     def _log_q(self, q: Array, constants: tuple[Any, ...], call: Call) -> Array:

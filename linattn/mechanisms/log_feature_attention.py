@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from linattn import _arrays
+from linattn import _arrays, _checks
 from linattn._arrays import Array
 from linattn.engines import log_features, loglinear
-from linattn.mechanisms.attention import Attention, Call, room
+from linattn.mechanisms.attention import Attention, Call, State, room
 
 
 class LogFeatureAttention(Attention):
@@ -98,9 +98,24 @@ class LogFeatureAttention(Attention):
         a = loglinear.weights(lq, lk, _options(call), call.xp)
         return _arrays.cast(a, q.dtype, call.xp)
 
+    def _log_shape(self, k: Array, call: Call) -> tuple[int, ...]:
+        """The shape of the logarithms of keys like these, but for the number of tokens."""
+        none = k[..., :0, :]
+        return tuple(self._log_k(none, self._constants(none, none, call), call).shape)
+
+    def _log_state_shape(self, k: Array, v: Array, call: Call) -> tuple[int, ...]:
+        return loglinear.state_shape(self._log_shape(k, call), tuple(v.shape), call.key_mask)
+
     def _empty(self, k: Array, v: Array, call: Call) -> loglinear.LogLinearState:
-        lk = self._log_k(k[..., :0, :], self._constants(k[..., :0, :], k[..., :0, :], call), call)
-        return loglinear.empty_state(loglinear.state_shape(lk, v, _options(call)), v, call.xp)
+        return loglinear.empty_state(self._log_state_shape(k, v, call), v, call.xp)
+
+    def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
+        if not isinstance(state.arrays, loglinear.LogLinearState):
+            super()._refuse_state(state, k, v, call)
+        shape, library = self._log_state_shape(k, v, call), _arrays.library(k)
+        sums = (shape, "float64" if _arrays.dtype_name(k) == "float64" else "float32", library)
+        fits = {"sums": sums, "rest": sums, "gauge": (shape[:-1], "int32", library)}
+        _checks.state_arrays("state", state.arrays._asdict(), fits)
 
     def _merge(
         self, earlier: loglinear.LogLinearState, later: loglinear.LogLinearState, xp: Any

@@ -19,7 +19,7 @@ from linattn._arrays import Array
 from linattn.engines import kernels, linear
 from linattn.engines.features import FeatureMap
 from linattn.engines.linear import LinearState
-from linattn.mechanisms.attention import Call, room
+from linattn.mechanisms.attention import Attention, Call, State, room
 from linattn.mechanisms.log_feature_attention import LogFeatureAttention, shown
 
 POSITIVE = ("positive", "hyperbolic", "oprf", "sderf")  # estimates of softmax by positive features
@@ -217,6 +217,12 @@ class RandomFeatureAttention(LogFeatureAttention):
         leads = [] if call.key_mask is None else [tuple(call.key_mask.shape[:-1])]
         shape = linear.state_shape(phi_k, v, kernels.IDENTITY, 1, True, leads, call.xp)
         return linear.empty_state(shape, phi_k, call.xp)
+
+    def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
+        if self.features in POSITIVE:
+            super()._refuse_state(state, k, v, call)
+        else:
+            Attention._refuse_state(self, state, k, v, call)
 
     def _merge(self, earlier: Any, later: Any, xp: Any) -> Any:
         return super()._merge(earlier, later, xp) if self.features in POSITIVE else linear.merge(earlier, later)
