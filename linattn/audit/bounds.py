@@ -26,18 +26,21 @@ COSINE_ERROR = 3.0  # in u: two tables, two products, one addition of terms of o
 EXP_ERROR = 2.0  # in u: relative error of a library's exp
 
 
+def tiles(backend: str) -> Any:
+    """The module that says how a room cuts its sums."""
+    return import_module("linattn.backends." + {"reference": "reference.linear", "numba": "numba._tiles"}[backend])
+
+
 def chunk_of(backend: str) -> int:
     """C: tokens that the room sums in the dtype of its arithmetic before they are carried over to a state."""
-    where = {"reference": "reference.linear", "numba": "numba._tiles"}[backend]
-    room = import_module(f"linattn.backends.{where}")
-    return int(max(room.CHUNK, getattr(room, "SETTLE", 0)))
+    return int(tiles(backend).SETTLE if backend == "numba" else tiles(backend).CHUNK)
 
 
 def linear_depth(backend: str, dtype: str, *, n_keys: int, n_features: int) -> float:
     """Chunks of C, a state of R rows: C + R + 4, and N / C more where the state itself is summed in the dtype."""
     chunk = min(chunk_of(backend), max(n_keys, 1))
-    if backend == "numba":  # the state keeps what its rounding took
-        return chunk + n_features + 5
+    if backend == "numba":  # the state keeps what its rounding took; pairs of T tokens are added one by one
+        return float(chunk + n_features + tiles(backend).TILE.tokens + 2)
     if dtype == "float64":
         return chunk + n_features + 4 + -(-n_keys // chunk)
     return chunk + n_features + 4  # a float64 state: N / C of its roundings are less than one of ours
@@ -45,7 +48,7 @@ def linear_depth(backend: str, dtype: str, *, n_keys: int, n_features: int) -> f
 
 def softmax_depth(backend: str, dtype: str, *, n_keys: int, n_features: int) -> float:
     """M keys one after the other; in tiles each tile may rescale what came before."""
-    rescalings = -(-n_keys // chunk_of(backend)) if backend == "numba" else 0
+    rescalings = -(-n_keys // tiles(backend).CHUNK) if backend == "numba" else 0
     return n_keys + 3 + 2 * rescalings
 
 
