@@ -151,7 +151,9 @@ def heads(kv_arrays, q_arrays) -> Heads:
     order = np.argsort(owner, kind="stable")
     columns, strides = [owner, np.arange(n_heads)], []
     for array, n_inner, last_axis in (*q_arrays, *kv_arrays):
-        column, stride = (np.zeros(n_heads, np.int64), 0) if array is None else elements(array, n_inner, last_axis, lead)
+        column, stride = (
+            (np.zeros(n_heads, np.int64), 0) if array is None else elements(array, n_inner, last_axis, lead)
+        )
         columns.append(column)
         strides.append(stride)
     table = np.ascontiguousarray(np.stack(columns, axis=-1)[order], dtype=np.int64)
