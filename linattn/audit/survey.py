@@ -245,17 +245,18 @@ def figure(
     in_range = terms <= most
     if not in_range.all():  # the sums themselves leave the range: nothing is promised of these entries
         note = "beyond the range"
+    counts = in_range & (error != 0)  # NaN counts
     allowed = unit
     if case.dtype not in ("float64", "float32"):  # one rounding to 16 bits
         u = 2.0**-bits
         allowed = unit + u * abs(want) + u * 2.0**exponent
     with np.errstate(all="ignore"):
-        ratio: float | None = float(np.max(np.where(in_range, error / allowed, 0), initial=0))
+        ratio: float | None = float(np.max(np.where(counts, error / allowed, 0), initial=0))
     unclaimed = exact.unclaimed if name == "out" else exact.unclaimed_backward
     if unclaimed:
         ratio, note = None, unclaimed
     with np.errstate(all="ignore"):
-        werr = float(np.max(np.where(in_range, error / (2.0**-bits * terms + 2.0**exponent), 0), initial=0))
+        werr = float(np.max(np.where(counts, error / (2.0**-bits * terms + 2.0**exponent), 0), initial=0))
         shown = np.where(in_range, wide, 0).astype(got.dtype), np.where(in_range, want, 0)
         nrel, ulps = measure.relative_error(*shown), measure.ulps(*shown)
     return Figure(

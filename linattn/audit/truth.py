@@ -125,7 +125,7 @@ def by_features(
     parameters = parameters_of(attend)
     features = quadratic.FEATURES[type(attend).__name__]
     phi_q, phi_k = features(q, k, **parameters)
-    power = powers(abs(phi_q)) if attend.normalize else np.ones((len(q), 1), q.dtype)
+    power = powers(abs(phi_q), arithmetic.tiny) if attend.normalize else np.ones((len(q), 1), q.dtype)
     size_q, size_k = (abs(phi_q) * power).astype(float), abs(phi_k).astype(float)
     a = np.where(visible, phi_q @ phi_k.T, 0)
     size_a = np.where(visible, size_q @ size_k.T, 0)
@@ -160,31 +160,65 @@ def by_features(
     error = 2 * bounds.feature_error(attend.feature_map, hasattr(attend, "length"))
     errors = {name: error * terms[name] for name in PASSES}
 
-    # underflow: M R products, each tiny u off
-    most_v, most_g = 1 + size_v.max(initial=0), 1 + size_g.max(initial=0)
-    products = arithmetic.u * len(k) * (phi_q.shape[1] + 1)
-    underflow = {
-        "out": 1 + products * (most_v + abs(value["out"])) / size_c,
-        "d_q": 1 + most_g * most_v * power,
-        "d_k": 1 + most_g * most_v / size_c.min(initial=1),
-        "d_v": most_g,
-    }
-    unclaimed = ""
+    with np.errstate(all="ignore"):
+        underflow, unclaimed, backward = ends_of_the_range(
+            size_q,
+            size_k,
+            size_v,
+            size_vc,
+            size_g,
+            size_c,
+            abs(value["out"]).astype(float),
+            power.astype(float),
+            terms,
+            arithmetic,
+        )
     if attend.feature_map in bounds.EXPONENTIAL:  # exp underflows where its definition is positive: lost for good
-        sums = (phi_k.sum(axis=1) + phi_q.sum(axis=1, keepdims=True)).astype(float)
-        gone = arithmetic.tiny * np.where(visible, sums + arithmetic.u, 0).sum(axis=1, keepdims=True)
+        sums = phi_k.sum(axis=1) + phi_q.sum(axis=1, keepdims=True)
+        gone = q.dtype.type(arithmetic.tiny) * np.where(visible, sums + arithmetic.u, 0).sum(axis=1, keepdims=True)
         if (gone > abs(a.sum(axis=1, keepdims=True))).any():
             unclaimed = "features below the normal range"
-    in_range = most_g * most_v / size_c.min(initial=1) <= arithmetic.most / SPARE
-    backward = "" if in_range else "d_out / c leaves the range"
     return Truth(value, terms, errors, underflow, unclaimed, unclaimed or backward)
 
 
-def powers(size: Array) -> Array:
-    """The power of two that brings the largest entry of a row into [1, 2); 1 for a row of zeros."""
+def ends_of_the_range(
+    size_q: Array, size_k: Array, size_v: Array, size_vc: Array, size_g: Array, size_c: Array, size_out: Array,
+    power: Array, terms: dict[str, Array], arithmetic: Arithmetic,
+) -> tuple[dict[str, Array], str, str]:  # fmt: skip
+    """What underflow may add to each result, in smallest normal numbers, and whether a sum leaves the range.
+
+    A product below the normal range is u tiny off, or tiny where somebody has it flushed to zero; in what follows it is
+    multiplied by sums of features, queries scaled by their powers of two. A sum on the way may overflow, or its
+    terms, although the result is of an ordinary size.
+    """
+    N, M, R = len(size_q), len(size_k), size_k.shape[1]
+    most_v, most_g, least_c = 1 + size_v.max(initial=0), 1 + size_g.max(initial=0), size_c.min(initial=1)
+    keys = size_k.sum(axis=0).max(initial=0)  # the largest sum of a feature over all keys
+    largest = 1 + size_q.max(axis=1, keepdims=True, initial=0)
+    lost = arithmetic.u * (4 * M * (R + 1) * largest + size_k.sum()) / size_c  # of each of a row's weights
+    spoiled = 4 * lost.max(initial=0)
+    underflow = {
+        "out": 1 + lost * (most_v + size_out),
+        "d_q": 1 + 4 * most_g * most_v * (1 + keys) * power + spoiled * terms["d_q"],
+        "d_k": 1 + 4 * N * most_g * most_v * (1 + R * keys) / least_c + spoiled * terms["d_k"],
+        "d_v": most_g * (1 + 2 * N * R * size_k.max(initial=0) + lost.sum()) + spoiled * terms["d_v"],
+    }
+    most, scaled_g = arithmetic.most / SPARE, size_g / size_c
+    forward = size_k.T @ size_v, size_q @ (size_k.T @ size_v), size_q @ size_k.sum(axis=0)
+    backward = (
+        scaled_g, size_k.T @ size_vc, scaled_g @ (size_k.T @ size_vc).T, size_q.T @ scaled_g,
+        size_vc @ (size_q.T @ scaled_g).T, size_k @ (size_q.T @ scaled_g), most_g * most_v * power / least_c,
+    )  # fmt: skip
+    fits = [all(np.all(x <= most) for x in sums) for sums in (forward, backward)]
+    return underflow, "" if fits[0] else "a sum leaves the range", "" if fits[1] else "a sum leaves the range"
+
+
+def powers(size: Array, tiny: float) -> Array:
+    """The power of two that brings the largest entry of a row into [1, 2), at most 1 / tiny; 1 for a row of zeros."""
     largest = size.max(axis=1, keepdims=True, initial=0)
     _, exponent = np.frexp(np.where(largest > 0, largest, 1))
-    return np.ldexp(np.ones_like(largest), 1 - exponent)
+    most = -int(np.frexp(tiny)[1]) + 1
+    return np.ldexp(np.ones_like(largest), np.clip(1 - exponent, -most, most))
 
 
 def pulled_back(
