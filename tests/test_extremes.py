@@ -141,7 +141,9 @@ def test_any_cuts_of_a_stream_and_any_packing(data):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("attend, backend", values_on_backends([la.Linear(), la.CosFormer(2000)]))
+@pytest.mark.parametrize(
+    "attend, backend", values_on_backends([la.Linear(), la.Linear("identity"), la.CosFormer(2000)])
+)
 def test_sixteen_bits_divide_before_they_round(attend, backend, causal):
     """float16 ends at 65504: sums over 2000 keys of 64 features do not fit, their quotient does."""
     x = np.ones((2000, 64), "float16")
