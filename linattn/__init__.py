@@ -11,7 +11,10 @@ from linattn.engines.features import FeatureMap
 from linattn.mechanisms.attention import State
 from linattn.mechanisms.cosformer import CosFormer, cosformer
 from linattn.mechanisms.linear import Linear, linear_attention
+from linattn.mechanisms.lln import LLN, LLNDiag, lln, lln_diag
+from linattn.mechanisms.performer import Performer, performer
 from linattn.mechanisms.softmax import Softmax, softmax_attention
+from linattn.projections import draw_projection
 from linattn.states import load_state, save_state
 
 __version__ = "0.1.0.dev0"
@@ -19,13 +22,20 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CosFormer",
     "FeatureMap",
+    "LLN",
+    "LLNDiag",
     "Linear",
+    "Performer",
     "Softmax",
     "State",
     "cosformer",
+    "draw_projection",
     "instruments",
     "linear_attention",
+    "lln",
+    "lln_diag",
     "load_state",
+    "performer",
     "save_state",
     "softmax_attention",
     "threads",

@@ -104,9 +104,9 @@ def accumulator(x: Array, xp: Any) -> Any:
 
 
 def wide(x: Array, xp: Any) -> Any:
-    """float64 where the library of `x` has it (JAX only when told), else the dtype of `x`: for running totals."""
+    """float64 where the library of `x` has it (JAX only when told), else float32: for running totals and logarithms."""
     if library(x) == "jax" and "float64" not in xp.__array_namespace_info__().dtypes(kind="real floating"):
-        return x.dtype
+        return accumulator(x, xp)
     return xp.float64
 
 
@@ -125,6 +125,26 @@ def constant(x: Array, like: Array, xp: Any) -> Array:
 def cast(x: Array, dtype: Any, xp: Any) -> Array:
     """`x` in `dtype`, without a copy if it has it."""
     return x if x.dtype == dtype else xp.astype(x, dtype)
+
+
+def detached(x: Array) -> Array:
+    """The same numbers, constants to the framework's own differentiation."""
+    if _root(x) == "torch":
+        return x.detach()
+    if library(x) == "jax":
+        from jax.lax import stop_gradient  # its user has JAX
+
+        return stop_gradient(x)
+    return x
+
+
+def is_readable(x: Array) -> bool:
+    """Whether the values of `x` are there to be looked at: not under a tracer."""
+    if library(x) == "jax":
+        from jax.core import Tracer  # its user has JAX
+
+        return not isinstance(x, Tracer)
+    return not is_lazy(x)
 
 
 def quiet(like: Array) -> AbstractContextManager[Any]:

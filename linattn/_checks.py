@@ -267,6 +267,91 @@ def positive_real(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be positive and finite, got {value}.")
 
 
+def real(name: str, value: Any) -> float:
+    """A finite real number, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`{name}` must be a real number, got {value!r}.")
+    if not -float("inf") < value < float("inf"):
+        raise ValueError(f"`{name}` must be finite, got {value}.")
+    return float(value)
+
+
+def real_or_nested(name: str, value: Any) -> Any:
+    """A finite real number, or a tuple (list, array) of such of one depth, as floats and tuples."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        value = value.tolist()
+    if not isinstance(value, (tuple, list)):
+        return real(name, value[()] if isinstance(value, np.ndarray) else value)
+    found = tuple(real_or_nested(name, x) for x in value)
+    if not found or len({np.shape(x) for x in found}) > 1:
+        raise ValueError(f"`{name}` must be a number or one a head, got {value!r}.")
+    return found
+
+
+def not_negative(name: str, value: Any) -> None:
+    if real(name, value) < 0:
+        raise ValueError(f"`{name}` must not be negative, got {value}.")
+
+
+def real_array(name: str, value: Any, least_axes: int) -> np.ndarray:
+    """Finite numbers with so many axes at least, as a float64 array of NumPy that nobody writes to."""
+    if _arrays.namespace(value) is not None:
+        readable(name, value)
+        value = _arrays.to_numpy(value)
+    try:
+        raw = np.array(value)
+        x = raw.astype(np.float64) if raw.dtype.kind != "c" else raw
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must hold real numbers, got {type(value).__name__}.") from None
+    if raw.dtype.kind == "c":
+        raise TypeError(f"`{name}` must hold real numbers, got dtype {raw.dtype}.")
+    if x.ndim < least_axes or 0 in x.shape[-least_axes:]:
+        raise ValueError(f"`{name}` must have at least {least_axes} axes, none of them empty, got shape {x.shape}.")
+    if not np.all(np.isfinite(x)):
+        raise ValueError(f"`{name}` must be finite, got NaN or inf.")
+    x.flags.writeable = False
+    return x
+
+
+def square(name: str, x: np.ndarray) -> None:
+    if x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"`{name}` must be square in its last two axes, got shape {x.shape}.")
+
+
+def own_axes(lead: tuple[int, ...], **shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading shape of a call with the axes of a mechanism's own parameters joined in."""
+    for name, shape in shapes.items():
+        try:
+            lead = _arrays.broadcast_shapes(lead, tuple(shape))
+        except ValueError:
+            raise ValueError(
+                f"`{name}` must broadcast with the leading axes of q, k and v {lead}, got shape {tuple(shape)}."
+            ) from None
+    return lead
+
+
+def readable(name: str, x: Array) -> None:
+    if not _arrays.is_readable(x):
+        raise ValueError(f"`{name}` must hold values that can be read, got a traced array.")
+
+
+def within(name: str, value: Any, low: float, high: float) -> None:
+    """A number, or nested tuples of them, none outside low .. high."""
+    worst = max(np.ravel(value), key=lambda x: max(low - x, x - high))
+    if not low <= worst <= high:
+        raise ValueError(f"`{name}` must be within {low:g} .. {high:g}, got {worst:g}.")
+
+
+def line(name: str, value: Any) -> tuple[float, float]:
+    """(a, b) of a x + b, rising."""
+    if len(value) != 2:
+        raise ValueError(f"`{name}` must be a name or (a, b) of a line a chi + b, got {value!r}.")
+    a, b = real(f"{name}: a", value[0]), real(f"{name}: b", value[1])
+    if a <= 0:
+        raise ValueError(f"`{name}` must be a rising line a chi + b, a > 0, got a = {a}.")
+    return a, b
+
+
 def choice(name: str, value: Any, known: Any) -> None:
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")

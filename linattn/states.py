@@ -18,15 +18,19 @@ import numpy as np
 from linattn import _arrays, _checks
 from linattn._arrays import FLOATS
 from linattn.engines.linear import LinearState
+from linattn.engines.loglinear import LogLinearState
 from linattn.engines.softmax import SoftmaxState
 from linattn.mechanisms.attention import State
 from linattn.mechanisms.cosformer import CosFormer
 from linattn.mechanisms.linear import Linear
+from linattn.mechanisms.lln import LLN, LLNDiag, LLNDiagState
+from linattn.mechanisms.performer import Performer
 from linattn.mechanisms.softmax import Softmax
 
 MAGIC, VERSION = "linattn state", 1
-MECHANISMS = {cls.__name__: cls for cls in (CosFormer, Linear, Softmax)}
-KINDS = {cls.__name__: cls for cls in (LinearState, SoftmaxState)}
+MECHANISMS = {cls.__name__: cls for cls in (CosFormer, Linear, LLN, LLNDiag, Performer, Softmax)}
+KINDS = {cls.__name__: cls for cls in (LinearState, LLNDiagState, LogLinearState, SoftmaxState)}
+STORED = (*FLOATS, "bool", "int32")
 HEADER_LIMIT = 1 << 16
 
 
@@ -51,11 +55,13 @@ def save_state(file: str | os.PathLike[str], state: State) -> None:
     for x in arrays.values():
         if not isinstance(x, np.ndarray):
             raise TypeError(f"`state` must hold NumPy arrays to be saved, got {_arrays.library(x)}.")
+    parameters, given = _plain_parameters(state.attend)
     header = {
         "magic": MAGIC,
         "version": VERSION,
         "mechanism": type(state.attend).__name__,
-        "parameters": _plain_parameters(state.attend),
+        "parameters": parameters,
+        "given": [list(x.shape) for x in given],
         "kind": type(state.arrays).__name__,
         "start": state.start,
         "position": state.position,
@@ -63,6 +69,7 @@ def save_state(file: str | os.PathLike[str], state: State) -> None:
     }
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
     members = {"header": text, **{name: _storable(x) for name, x in arrays.items()}}
+    members |= {_given_name(i): x for i, x in enumerate(given)}
     target = os.fspath(file)
     partial = f"{target}.{os.getpid()}.partial"
     try:
@@ -107,6 +114,7 @@ def _read(archive: zipfile.ZipFile) -> State:
         "version",
         "mechanism",
         "parameters",
+        "given",
         "kind",
         "start",
         "position",
@@ -115,15 +123,18 @@ def _read(archive: zipfile.ZipFile) -> State:
     if extra:
         raise ValueError(f"the header has unknown keys {sorted(extra)}.")
     kind, cls = KINDS[header["kind"]], MECHANISMS[header["mechanism"]]
-    described = header["arrays"]
-    names = {f"{name}.npy" for name in ("header", *described)}
+    described, given = header["arrays"], header["given"]
+    names = {f"{name}.npy" for name in ("header", *described, *map(_given_name, range(len(given))))}
     if (
         not set(described) <= set(kind._fields)
         or names != set(archive.namelist())
         or len(archive.namelist()) != len(names)
     ):
         raise ValueError(f"it must hold {sorted(names)}, got {sorted(archive.namelist())}.")
-    parameters = {name: _from_plain(value) for name, value in header["parameters"].items()}
+    matrices = [
+        _member(archive, _given_name(i), np.dtype(np.float64), tuple(shape)) for i, shape in enumerate(given)
+    ]
+    parameters = {name: _from_plain(value, matrices) for name, value in header["parameters"].items()}
     attend = cls(**parameters)
     start, position = header["start"], header["position"]
     _checks.natural("start", start, least=0)
@@ -165,8 +176,8 @@ def _dtypes(name: str) -> tuple[np.dtype, np.dtype]:
         import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
-    if name not in (*FLOATS, "bool"):
-        raise ValueError(f"dtype {name!r} is not one of {', '.join((*FLOATS, 'bool'))}.")
+    if name not in STORED:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(STORED)}.")
     return np.dtype(name), np.dtype(name)
 
 
@@ -175,13 +186,29 @@ def _storable(x: np.ndarray) -> np.ndarray:
     return x.view(np.uint16) if _arrays.dtype_name(x) == "bfloat16" else x
 
 
-def _plain_parameters(attend: Any) -> dict[str, Any]:
-    parameters = {field.name: getattr(attend, field.name) for field in fields(attend)}
-    for name, value in parameters.items():
-        if not (value is None or isinstance(value, (bool, int, float, str, tuple))):
-            raise TypeError(f"`state` cannot be saved: `{name}` of `{attend!r}` is not plain data, got {value!r}.")
-    return parameters
+def _given_name(i: int) -> str:
+    """The member that holds the i-th array among the parameters."""
+    return f"parameter_{i}"
 
 
-def _from_plain(value: Any) -> Any:
-    return tuple(_from_plain(x) for x in value) if isinstance(value, list) else value
+def _plain_parameters(attend: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """The parameters as plain data, and the arrays among them (a projection, a calibration) in order."""
+    given: list[np.ndarray] = []
+
+    def plain(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(name, x) for x in value]
+        if isinstance(value, np.ndarray):
+            given.append(np.array(value, dtype=np.float64, order="C"))
+            return {"array": len(given) - 1}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"`state` cannot be saved: `{name}` of `{attend!r}` is not plain data, got {value!r}.")
+
+    return {field.name: plain(field.name, getattr(attend, field.name)) for field in fields(attend)}, given
+
+
+def _from_plain(value: Any, matrices: list[np.ndarray]) -> Any:
+    if isinstance(value, dict):
+        return matrices[value["array"]]
+    return tuple(_from_plain(x, matrices) for x in value) if isinstance(value, list) else value

@@ -40,6 +40,8 @@ ATTENDS = {
     "linear": [la.Linear("elu1"), la.Linear("relu")],
     "cosformer": [la.CosFormer(length=4096)],
     "softmax": [la.Softmax()],
+    "performer": [la.Performer(64), la.Performer(64, features="hyperbolic", norms="sqrt")],
+    "lln": [la.LLN(alpha=2.0, beta=2.0), la.LLNDiag(alpha=2.0, beta=2.0)],
 }
 EVERY = [attend for attends in ATTENDS.values() for attend in attends]
 BACKENDS = ("reference", "numba")

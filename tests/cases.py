@@ -81,8 +81,14 @@ def has_room(backend, engine):
     return (ROOMS / backend / f"{engine}.py").exists()
 
 
+LOG_FEATURES = ("positive", "hyperbolic", "oprf", "sderf")
+
+
 def engine_of(attend):
-    return "softmax" if isinstance(attend, la.Softmax) else "linear"
+    if isinstance(attend, la.Softmax):
+        return "softmax"
+    by_logs = getattr(attend, "feature_map", None) == "exp" or getattr(attend, "features", None) in LOG_FEATURES
+    return "loglinear" if by_logs or isinstance(attend, (la.LLN, la.LLNDiag)) else "linear"
 
 
 def backends_of(attend):
@@ -124,6 +130,7 @@ VALUES = [
     la.Linear("relu"),
     la.Linear("identity", normalize=False),
     la.Linear(normalize=False),
+    la.Linear("exp"),
     la.Linear(BOTH_SIDES),
     la.Linear(eps=("clamp", 25.0)),  # reached by some rows and not by others
     la.Linear("relu", eps=("add", 0.5)),
@@ -135,8 +142,26 @@ VALUES = [
     la.CosFormer(align="stretch"),
     la.Softmax(),
     la.Softmax(scale=0.25),
+    la.Performer(12),
+    la.Performer(12, features="hyperbolic", kind="iid", norms="sqrt", scale=0.3, eps=0.1),
+    la.Performer(12, features="oprf", calibration=(None, None, 0.2)),
+    la.Performer(12, features="relu"),
+    la.Performer(12, features=SQUARE, eps=0.5),
+    la.LLN(),
+    la.LLN(alpha=0.8, beta=0.6),
+    la.LLN(calibration="exact", scope="sample", statistics="differentiated"),
+    la.LLN(calibration=(0.3, -0.1), scope="head", statistics="differentiated"),
+    la.LLNDiag(block=4),
+    la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
 ]
-MAIN = [la.Linear(), la.CosFormer(LENGTH), la.Softmax()]
+MAIN = [
+    la.Linear(),
+    la.CosFormer(LENGTH),
+    la.Softmax(),
+    la.Performer(12),
+    la.LLN(alpha=0.8, beta=0.6),
+    la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
+]
 FEATURE_ERROR = {  # e_phi / u
     "identity": 0,
     "relu": 0,
@@ -151,13 +176,37 @@ def is_cosformer(attend):
     return isinstance(attend, la.CosFormer)
 
 
+def has_blocks(attend):
+    return isinstance(attend, la.LLNDiag)
+
+
+def reads_the_call(attend):
+    """Whether some of its numbers are moments of q and k."""
+    return isinstance(attend, (la.LLN, la.LLNDiag)) and attend.alpha is None
+
+
+def sees_others(attend):
+    """Whether such moments are taken over more than one head of one sequence."""
+    return reads_the_call(attend) and attend.scope != "sample"
+
+
+def holds_moments(attend):
+    """Whether its backward takes such moments for constants, so that it is not the derivative of its forward."""
+    return reads_the_call(attend) and attend.statistics == "detached"
+
+
 def can_be_causal(attend):
-    return not is_cosformer(attend) or attend.length is not None
+    return not reads_the_call(attend) and (not is_cosformer(attend) or attend.length is not None)
+
+
+def is_elementary(attend):
+    """Linear and CosFormer on plain features: with a formula for their states, and a proved bound for each entry."""
+    return isinstance(attend, (la.Linear, la.CosFormer)) and engine_of(attend) == "linear"
 
 
 def is_distribution(attend):
     """Rows of weights are non-negative and sum to 1, or to 0 where nothing is seen."""
-    return isinstance(attend, la.Softmax) or (attend.normalize and attend.eps == "safe")
+    return not isinstance(attend, (la.Linear, la.CosFormer)) or (attend.normalize and attend.eps == "safe")
 
 
 def error_bound(attend, n_tokens, n_channels):
@@ -195,7 +244,9 @@ class Case:
         """Whether the mechanism can do it."""
         if is_cosformer(self.attend):
             return self.attend.length is not None or not (self.causal or self.masked or self.moved)
-        return not self.moved
+        if has_blocks(self.attend) and self.n != self.m:
+            return False
+        return not self.moved and not (self.causal and reads_the_call(self.attend))
 
     @property
     def formula(self):
@@ -325,11 +376,22 @@ def state_with(state, **arrays):
 TINY = 1e-30  # a complex step: squares of it vanish, nothing cancels
 
 
-def complex_step(function, args, d_out):
-    """The gradient of sum(d_out * function(*args)), every entry of it, from imaginary parts."""
+def complex_step(function, args, d_out, one_by_one=False):
+    """The gradient of sum(d_out * function(*args)), every entry of it, from imaginary parts.
+
+    The moved arguments are a batch, unless the function looks at a batch as a whole.
+    """
     n_axes = max(x.ndim for x in args)
     grads = []
     for i, x in enumerate(args):
+        if one_by_one:
+            change = np.empty(x.size)
+            for j in range(x.size):
+                step = 1j * TINY * np.eye(1, x.size, j).reshape(x.shape)
+                moved = [*args[:i], x + step, *args[i + 1 :]]
+                change[j] = np.sum(d_out * function(*moved).imag / TINY)
+            grads.append(change.reshape(x.shape))
+            continue
         one = np.eye(x.size).reshape(x.size, *(1,) * (n_axes - x.ndim), *x.shape)
         moved = [*args[:i], x + 1j * TINY * one, *args[i + 1 :]]
         change = np.sum(d_out * function(*moved).imag / TINY, axis=tuple(range(1, d_out.ndim + 1)))

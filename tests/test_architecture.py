@@ -175,5 +175,6 @@ def function_of(kind):
     """The one-call function beside a mechanism."""
     module = importlib.import_module(kind.__module__)
     functions = [f for name, f in vars(module).items() if inspect.isfunction(f) and name in la.__all__]
-    assert len(functions) == 1
-    return functions[0]
+    found = [f for f in functions if f"`{kind.__name__}(" in f.__doc__.partition("in one call")[0]]
+    assert len(found) == 1
+    return found[0]

@@ -57,7 +57,8 @@ def test_default_compares_all_on_real_data(capsys):
     assert main(["compare"]) == 0
     out, err = capsys.readouterr()
     assert "minilm_qkv.npz, layer 0: 4 heads, 384 tokens, 32 channels; not causal, float32" in out
-    for name in ("Softmax()", "Linear()", "Linear('relu')", "CosFormer(384)", "uniform weights"):
+    names = ("Softmax()", "Linear()", "Linear('relu')", "CosFormer(384)", "Performer(256, seed=0)", "LLN, fitted")
+    for name in (*names, "LLNDiag, fitted", "Performer.accurate", "uniform weights"):
         assert name in out
     for heading in ("forward", "backward", "memory", "output", "weights", "entropy", "error", "gradients"):
         assert heading in out
@@ -73,6 +74,9 @@ def test_every_mechanism_is_compared_and_has_its_formula():
         la.Softmax,
         la.Linear,
         la.CosFormer,
+        la.Performer,
+        la.LLN,
+        la.LLNDiag,
     }
 
 
@@ -93,9 +97,14 @@ def test_numbers_are_what_they_say(small, causal, capsys):
     softmax = FORMULAS["Softmax"]
     a_softmax, out_softmax = softmax.weights(q, k, causal=causal), softmax(q, k, v, causal=causal)
     rows = {row["mechanism"]: row for row in data["mechanisms"]}
-    assert list(rows) == ["Softmax()", "CosFormer(24)", "Linear()", "Linear('relu')"]
-    for attend in (la.Softmax(), la.CosFormer(24), la.Linear(), la.Linear("relu")):
-        row = rows[repr(attend)]
+    values = {repr(x): x for x in (la.Softmax(), la.CosFormer(24))}
+    for kind, label in ((la.LLN, "LLN, fitted"), (la.LLNDiag, "LLNDiag, fitted")):
+        values[label] = kind(scope="head", calibration="exact").calibrate(q, k)
+    values |= {repr(x): x for x in (la.Linear(), la.Linear("relu"), la.Performer())}
+    values["Performer.accurate"] = la.Performer.accurate(q, k)
+    assert list(rows) == list(values)
+    for name, attend in values.items():
+        row = rows[name]
         weights = formula_of(attend).weights(q, k, causal=causal)
         out = attend(q, k, v, causal=causal, backend="reference")
         assert row["backend"] == "reference"
@@ -158,7 +167,8 @@ def test_long_inputs_are_read_by_sampled_rows(small, monkeypatch, capsys):
     monkeypatch.setattr(compare, "PAIRS", 2 * 24 * 6)
     monkeypatch.setattr(compare, "PAIRS_AT_ONCE", 2 * 24 * 4)
     target = folder / "out.json"
-    assert main(["compare", str(folder / "plain.npz"), "--json", str(target), "--backend", "reference"]) == 0
+    argv = ["compare", folder / "plain.npz", "--json", target, "--backend", "reference", "--mechanism", "linear"]
+    assert main([str(x) for x in argv]) == 0
     assert "read from 6 evenly spaced rows of 24" in capsys.readouterr().out
     data = json.loads(target.read_text())
     rows = np.linspace(0, 23, 6).round().astype(int)
@@ -227,7 +237,8 @@ def test_plot(small, suffix, capsys):
     assert target.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
     curves = json.loads(data.read_text())["time_against_length"]
     assert curves["lengths"] == [8, 16, 32]
-    assert set(curves["seconds"]) == {"Softmax()", "Linear()", "Linear('relu')", "CosFormer(24)"}
+    names = {"Softmax()", "Linear()", "Linear('relu')", "CosFormer(24)", "Performer(256, seed=0)"}
+    assert set(curves["seconds"]) == names | {"LLN, fitted", "LLNDiag, fitted", "Performer.accurate"}
     assert all(len(x["forward"]) == len(x["backward"]) == 3 for x in curves["seconds"].values())
     assert capsys.readouterr().out
 
@@ -282,7 +293,7 @@ def test_info(capsys, monkeypatch):
     for text in ("Versions", "Backends", "Processor", "Threads", "Compiled kernels", "vector unit", "BLAS"):
         assert text in out
     assert re.search(rf"^linattn +{re.escape(la.__version__)}", out, re.M)
-    assert re.search(r"^reference +linear, softmax", out, re.M)
+    assert re.search(r"^reference +linear, loglinear, softmax", out, re.M)
     assert re.search(r"^cupy +none \(", out, re.M)
     assert re.search(r"^LINATTN_NUM_THREADS +3", out, re.M)
 
@@ -323,7 +334,7 @@ def test_bad_options(small, capsys, tmp_path):
         (["compare", path, "--layer", "2"], "`--layer` is for files with q0, k0, v0"),
         (["compare", layers, "--layer", "2"], "`--layer` must be one of 1, 3, got 2"),
         (["compare", "--layer", "1"], "`--layer` must be one of 0, 2, 5, got 1"),
-        (["compare", path, "--mechanism", "Magic"], "must be one of CosFormer, Linear, Softmax, got 'Magic'"),
+        (["compare", path, "--mechanism", "Magic"], "LLN, LLNDiag, Linear, Performer, Softmax, got 'Magic'"),
         (["compare", path, "--mechanism"], "--mechanism: expected at least one argument"),
         (["compare", path, "--backend", "gpu"], "`backend` must be one of reference, numba, cupy or None, got 'gpu'"),
         (["compare", path, "--backend", "cupy"], "takes cupy arrays, got numpy"),

@@ -10,10 +10,18 @@ import numpy as np
 
 import linattn as la
 import linattn.backends.numba.linear  # loaded once, before asv forks a process for each measurement
+import linattn.backends.numba.loglinear
 import linattn.backends.numba.softmax
 from linattn.audit import measure, quadratic
 
-ATTENDS = [la.Linear("elu1"), la.CosFormer(length=4096), la.Softmax()]
+ATTENDS = [
+    la.Linear("elu1"),
+    la.CosFormer(length=4096),
+    la.Softmax(),
+    la.Performer(128),
+    la.LLN(alpha=2.0, beta=2.0),
+    la.LLNDiag(alpha=2.0, beta=2.0),
+]
 BACKENDS = ["reference", "numba"]
 SEES = ["all", "causal"]
 HEADS, CHANNELS = 4, 64

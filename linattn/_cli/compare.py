@@ -35,10 +35,25 @@ Array = NDArray[Any]
 Step = Callable[[str, int], None]  # what has begun, and how many steps it counts
 
 SEED = 0
-VARIANTS: dict[str, list[dict[str, Any]]] = {"Linear": [{"feature_map": "elu1"}, {"feature_map": "relu"}]}
-"""Parameters of the rows of a mechanism that deserves more than one."""
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "Linear": [{"feature_map": "elu1"}, {"feature_map": "relu"}],
+    "Performer": [{}, {"features": "hyperbolic", "norms": "sqrt"}],
+    "LLN": [{"scope": "head", "calibration": "exact"}],
+    "LLNDiag": [{"scope": "head", "calibration": "exact"}],
+}
+"""Parameters of the rows of a mechanism, where they are not one row of the defaults."""
 
-ENGINES = {"Linear": "linear", "CosFormer": "linear", "Softmax": "softmax"}
+FITTED = {"LLN": "LLN, fitted", "LLNDiag": "LLNDiag, fitted", "Performer": "Performer.accurate"}
+"""What a value is called that has constants of the data: LLN's scales, a calibrated Performer."""
+
+ENGINES = {
+    "Linear": ("linear",),
+    "CosFormer": ("linear",),
+    "Softmax": ("softmax",),
+    "Performer": ("loglinear",),
+    "LLN": ("loglinear",),
+    "LLNDiag": ("loglinear", "softmax"),
+}
 
 ROUNDS = 15  # of timing at most,
 LEAST_ROUNDS = 3  # at least; in between, as many as fit into
@@ -46,6 +61,7 @@ SECONDS_OF_ROUNDS = 3.0
 MOST_SECONDS = 20.0  # after which even fewer rounds must do
 PAIRS = 2**25  # weights read off a mechanism in all; of longer inputs evenly spaced rows are read
 PAIRS_AT_ONCE = 2**21
+FEATURES_A_PAIR = 16  # of the definition of a pair's weight, that cost as much as another pair
 STEPS_OF_A_ROW = 3  # warming up, gradients, memory
 
 
@@ -66,6 +82,7 @@ class Row:
     attend: Attention
     backend: str | None  # asked for
     room: str  # that runs it
+    label: str = ""  # where its code is too long
     out: Array = field(default_factory=lambda: np.zeros(0))
     forward: list[float] = field(default_factory=list)  # seconds
     backward: list[float] = field(default_factory=list)
@@ -75,7 +92,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return repr(self.attend)
+        return self.label or repr(self.attend)
 
     @property
     def forward_ms(self) -> float:
@@ -115,6 +132,16 @@ def values_of(name: str, n_tokens: int) -> list[Attention]:
     return [mechanism(**needed, **parameters) for parameters in VARIANTS.get(name, [{}])]
 
 
+def fitted(attend: Any, inputs: Inputs) -> tuple[Attention, str]:
+    """The value with its constants from these inputs, and its name, where it has any; raises where there are none."""
+    name = type(attend).__name__
+    if name not in FITTED or getattr(attend, "norms", "sqrt") != "sqrt":
+        return attend, ""
+    if name == "LLNDiag" and inputs.q.shape[-2] != inputs.k.shape[-2]:
+        raise ValueError("it has blocks of positions, which needs N == M.")
+    return attend.calibrate(inputs.q, inputs.k), FITTED[name]
+
+
 def names_of(asked: list[str] | None) -> list[str]:
     """The mechanisms asked for, in any case of letters; by default all. Softmax comes first."""
     known = {name.lower(): name for name in registry()}
@@ -127,16 +154,16 @@ def names_of(asked: list[str] | None) -> list[str]:
 
 def room_of(attend: Attention, backend: str | None, like: Array) -> str:
     """Name of the backend that runs this mechanism; raises as the call itself would."""
-    engine = ENGINES[type(attend).__name__]
-    return backends.resolve(backend, like, engine).__name__.split(".")[-2]
+    rooms = [backends.resolve(backend, like, engine) for engine in ENGINES[type(attend).__name__]]
+    return rooms[0].__name__.split(".")[-2]
 
 
 def lacks(attend: Attention, backend: str | None) -> bool:
-    """Whether this backend takes NumPy arrays, but is without the engine that the mechanism needs."""
+    """Whether this backend takes NumPy arrays, but is without an engine that the mechanism needs."""
     if backend is None or backends.WANTS.get(backend) != "numpy":
         return False
-    found = backends.load(backend, ENGINES[type(attend).__name__])
-    return isinstance(found, str) and found.startswith("no ")
+    found = [backends.load(backend, engine) for engine in ENGINES[type(attend).__name__]]
+    return any(isinstance(x, str) and x.startswith("no ") for x in found)
 
 
 def choose(asked: list[str] | None, backend: str | None, inputs: Inputs) -> tuple[list[Row], Row, list[str]]:
@@ -146,12 +173,21 @@ def choose(asked: list[str] | None, backend: str | None, inputs: Inputs) -> tupl
     for name in names_of(asked):
         for attend in values_of(name, max(inputs.q.shape[-2], inputs.k.shape[-2])):
             try:
-                rows.append(Row(attend, backend, room_of(attend, backend, inputs.q)))
+                room = room_of(attend, backend, inputs.q)
             except (ImportError, TypeError, ValueError) as error:
                 if asked or not lacks(attend, backend):
                     raise Refused(str(error)) from None
                 if name != "Softmax":
-                    notes.append(f"{attend!r} is left out: {backend} has no {ENGINES[name]} engine.")
+                    notes.append(f"{attend!r} is left out: {backend} has no {' or '.join(ENGINES[name])} engine.")
+                continue
+            try:
+                value, label = fitted(attend, inputs)
+            except ValueError as error:
+                if asked:
+                    raise Refused(str(error)) from None
+                notes.append(f"{attend!r} is left out: {error}")
+                continue
+            rows.append(Row(value, backend, room, label))
     if not rows:
         raise Refused(f"`--backend` must have an engine for one of the mechanisms, got {backend!r}, which has none.")
     softmax = next((row for row in rows if isinstance(row.attend, linattn.Softmax)), None)
@@ -175,7 +211,8 @@ def check_kernels(rows: list[Row]) -> None:
 def fallbacks(rows: list[Row]) -> list[str]:
     """Why the reference backend runs what nobody asked it to run."""
     usual = backends.ROOM_OF["numpy"]
-    engines = dict.fromkeys(ENGINES[type(row.attend).__name__] for row in rows if row.backend is None)
+    mechanisms = [type(row.attend).__name__ for row in rows if row.backend is None]
+    engines = dict.fromkeys(engine for name in mechanisms for engine in ENGINES[name])
     found = {engine: backends.load(usual, engine) for engine in engines}
     return [f"reference runs the {x} engine instead of {usual} ({y})" for x, y in found.items() if isinstance(y, str)]
 
@@ -185,7 +222,7 @@ def fallbacks(rows: list[Row]) -> list[str]:
 
 def count_steps(rows: list[Row], inputs: Inputs) -> int:
     """How many steps `compare` will count."""
-    _, blocks = blocks_of(inputs)
+    _, blocks = blocks_of(inputs, rows)
     return len(rows) * (STEPS_OF_A_ROW + ROUNDS) + len(blocks)
 
 
@@ -254,10 +291,11 @@ def take_times(rows: list[Row], inputs: Inputs, causal: bool, d_out: Array, step
 # -- reading weights ------------------------------------------------------------------------------------------------
 
 
-def blocks_of(inputs: Inputs) -> tuple[int, list[NDArray[np.int_]]]:
+def blocks_of(inputs: Inputs, rows: list[Row]) -> tuple[int, list[NDArray[np.int_]]]:
     """How many rows of weights are read, and their indices in blocks that fit into memory."""
     n_queries, n_keys = inputs.q.shape[-2], inputs.k.shape[-2]
-    pairs_of_a_row = max(1, int(np.prod(inputs.lead))) * n_keys
+    features = max((getattr(row.attend, "n_features", 1) for row in rows), default=1)  # exponentials a pair
+    pairs_of_a_row = max(1, int(np.prod(inputs.lead))) * n_keys * max(1, features // FEATURES_A_PAIR)
     n_read = min(n_queries, max(1, PAIRS // pairs_of_a_row))
     t = np.unique(np.linspace(0, n_queries - 1, n_read).round().astype(int))
     at_once = max(1, PAIRS_AT_ONCE // pairs_of_a_row)
@@ -314,7 +352,7 @@ def read_weights(rows: list[Row], softmax: Row, inputs: Inputs, causal: bool, st
     formulas = [quadratic.formula_of(row.attend) for row in rows]
     yardstick = quadratic.formula_of(softmax.attend)
     sums, uniform = [Sums() for _ in rows], Sums()
-    n_read, blocks = blocks_of(inputs)
+    n_read, blocks = blocks_of(inputs, rows)
     for t in blocks:
         step(f"weights of rows {t[0]} to {t[-1]}", 1)
         a_softmax = yardstick.weights(q, k, causal=causal, rows=t)

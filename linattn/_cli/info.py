@@ -42,7 +42,7 @@ def rooms() -> list[tuple[str, str, str]]:
     """(backend, engines it has, why others are missing)."""
     found = []
     for room in _checks.BACKENDS:
-        engines = list(dict.fromkeys(ENGINES.values()))
+        engines = sorted({engine for those in ENGINES.values() for engine in those})
         loaded = {engine: backends.load(room, engine) for engine in engines}
         there = [engine for engine, module in loaded.items() if not isinstance(module, str)]
         reasons = dict.fromkeys(reason for reason in loaded.values() if isinstance(reason, str))

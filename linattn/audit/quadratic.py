@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from linattn.audit.lln import lln, lln_diag
+from linattn.audit.performer import performer
+
 __all__ = [
     "FEATURES",
     "FEATURE_MAPS",
@@ -34,6 +37,9 @@ __all__ = [
     "cosformer",
     "formula_of",
     "linear",
+    "lln",
+    "lln_diag",
+    "performer",
     "softmax",
 ]
 
@@ -53,6 +59,7 @@ class Pairs(NamedTuple):
     s: NDArray[np.int_]  # (M,) token indices of the keys
     n_queries: int  # N, of which the n above are a part
     n_keys: int  # M
+    every_q: Array  # (..., N, D), all queries
 
 
 # ---------------------------------------------------------------------------------------------- feature maps
@@ -319,7 +326,7 @@ def pairs_of(q: Array, k: Array, causal: bool, key_mask: ArrayLike | None, rows:
         visible = s <= t[:, None]
     if key_mask is not None:
         visible = visible & np.asarray(key_mask)[..., None, :]
-    return Pairs(visible, t, s, n_queries, n_keys)
+    return Pairs(visible, t, s, n_queries, n_keys, q)
 
 
 def segment(a: int, b: int, key_mask: ArrayLike | None, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -339,12 +346,17 @@ FORMULAS: dict[str, Formula] = {
     "Linear": Formula(linear),
     "CosFormer": Formula(cosformer),
     "Softmax": Formula(softmax),
+    "Performer": Formula(performer),
+    "LLN": Formula(lln),
+    "LLNDiag": Formula(lln_diag),
 }
 
 
 def formula_of(attend: Any) -> Formula:
     """The formula of a mechanism value, with the value's own parameters."""
     parameters = {field.name: getattr(attend, field.name) for field in fields(attend)}
+    if "projection" in parameters:
+        parameters["projection"] = attend.matrix  # drawn or given, of any number of channels
     return Formula(FORMULAS[type(attend).__name__].rule, **parameters)
 
 

@@ -13,9 +13,9 @@ from types import ModuleType
 
 from linattn import _arrays, _checks
 from linattn._arrays import Array
-from linattn.backends.reference import linear, softmax
+from linattn.backends.reference import linear, loglinear, softmax
 
-REFERENCE = {"linear": linear, "softmax": softmax}  # loaded at once: a compiler traces through a look-up, not an import
+REFERENCE = {"linear": linear, "loglinear": loglinear, "softmax": softmax}  # all loaded: compilers trace a look-up
 ROOM_OF = {"numpy": "numba", "cupy": "cupy"}
 WANTS = {"numba": "numpy", "cupy": "cupy"}
 EXTRA = {"numba": "test", "cupy": "gpu"}

@@ -92,10 +92,19 @@ def _elu1_vjp(d_phi: Array, x: Array, xp: Any) -> Array:
     return d_phi * slope
 
 
+def _exp(x: Array, xp: Any) -> Array:
+    return xp.exp(x)
+
+
+def _exp_vjp(d_phi: Array, x: Array, xp: Any) -> Array:
+    return d_phi * xp.exp(x)
+
+
 MAPS = {
     "identity": FeatureMap("identity", _identity, _identity_vjp),
     "relu": FeatureMap("relu", _relu, _relu_vjp),
     "elu1": FeatureMap("elu1", _elu1, _elu1_vjp),
+    "exp": FeatureMap("exp", _exp, _exp_vjp),
 }
 
 

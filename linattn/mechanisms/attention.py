@@ -216,6 +216,8 @@ class Attention:
                 return xp.broadcast_to(self._weights(q, k, call), (*lead, q.shape[-2], k.shape[-2]))
         n_tokens, rows = k.shape[-2], []
         for a, b in _checks.segments(cu_seqlens, q.shape[-2], n_tokens):
+            if a == b:
+                continue
             own = _segment(call, a, b)
             self._refuse(own, streaming=False)
             with _arrays.quiet(q):
