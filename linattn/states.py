@@ -131,9 +131,7 @@ def _read(archive: zipfile.ZipFile) -> State:
         or len(archive.namelist()) != len(names)
     ):
         raise ValueError(f"it must hold {sorted(names)}, got {sorted(archive.namelist())}.")
-    matrices = [
-        _member(archive, _given_name(i), np.dtype(np.float64), tuple(shape)) for i, shape in enumerate(given)
-    ]
+    matrices = [_member(archive, _given_name(i), np.dtype(np.float64), tuple(shape)) for i, shape in enumerate(given)]
     parameters = {name: _from_plain(value, matrices) for name, value in header["parameters"].items()}
     attend = cls(**parameters)
     start, position = header["start"], header["position"]

@@ -272,9 +272,7 @@ class Performer(RandomFeatureAttention):
 
     def _refuse(self, call: Call, streaming: bool) -> None:
         if self.features in _calibration.FITTED and self.calibration is None:
-            raise ValueError(
-                f"`{self!r}` has features fitted to data: use the value that `.calibrate(q, k)` gives."
-            )
+            raise ValueError(f"`{self!r}` has features fitted to data: use the value that `.calibrate(q, k)` gives.")
 
     def _prepared(self, dim: int) -> Constants:
         """The constants of the features, kept: drawing and turning them is no work for every token."""

@@ -231,4 +231,3 @@ class RandomFeatureAttention(LogFeatureAttention):
 def _options(call: Call) -> linear.Options:
     span = "past" if call.causal else "all"
     return linear.Options(kernels.IDENTITY, span, None, call.key_mask, normalize=True, eps="safe")
-
