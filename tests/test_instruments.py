@@ -244,10 +244,10 @@ def test_dead_rows_are_left_out(measure, rng):
 
 @pytest.mark.parametrize("measure", PER_ROW, ids=NAMES)
 def test_a_sample_of_rows(measure, rng):
-    """Within four of its own standard errors; the same each time; exact for all rows."""
+    """Within six of its own standard errors; the same each time; exact for all rows."""
     a = FORMULAS["Softmax"].weights(*rng.normal(size=(2, 2, 400, 16)))
     whole, sample = measure(a), measure(a, rows=100)
-    assert np.all(abs(sample.value - whole) <= 4 * sample.error)
+    assert np.all(abs(sample.value - whole) <= 6 * sample.error)
     assert np.all(sample.error > 0)
     np.testing.assert_array_equal(measure(a, rows=100), sample)
     everything = measure(a, rows=400)

@@ -46,7 +46,7 @@ def spectral_gap(weights: Array, *, causal: bool = False, key_mask: Array | None
     return _gap(np.linalg.eigvals(square).astype(np.complex128))
 
 
-def spectral_gap_features(phi_q: Array, phi_k: Array) -> Any:
+def spectral_gap_features(phi_q: Array, phi_k: Array, *, logarithms: bool = False) -> Any:
     """`spectral_gap` of A = diag(1/den) phi_q phi_k^T from its features: the eigenvalues of an R x R matrix.
 
     A = f phi_k^T with f = phi_q / den has the non-zero eigenvalues of phi_k^T f.
@@ -55,16 +55,30 @@ def spectral_gap_features(phi_q: Array, phi_k: Array) -> Any:
     ----------
     phi_q, phi_k : arrays (..., N, R)
         Non-negative features.
+    logarithms : bool
+        They are given by their logarithms, of any size: for `LLN`, alpha q and beta k.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import linattn as la
+    >>> q, k = np.random.default_rng(0).normal(size=(2, 300, 16))
+    >>> gap = la.instruments.spectral_gap_features(2 * q, 2 * k, logarithms=True)
+    >>> bool(np.isclose(gap, la.instruments.spectral_gap(la.LLN(alpha=2.0, beta=2.0).weights(q, k))))
+    True
     """
+    by_logs = _checks.flag("logarithms", logarithms)
+    lowest, rule = (-np.inf, "below infinity") if by_logs else (0.0, "non-negative and finite")
     features = {}
     for name, x in (("phi_q", phi_q), ("phi_k", phi_k)):
         features[name], _ = matrix(name, x)
-        if not np.all((features[name] >= 0) & (features[name] < np.inf)):
-            bad = features[name]
-            at = worst(np.where(np.isfinite(bad), -bad, np.inf))
-            raise ValueError(f"`{name}` must be non-negative and finite, got {bad[at]:.6g} at {at}.")
+        bad = ~((features[name] >= lowest) & (features[name] < np.inf))
+        if np.any(bad):
+            score = np.where(np.isfinite(features[name]), -features[name], np.inf)
+            at = worst(np.where(bad, score, -np.inf))
+            raise ValueError(f"`{name}` must be {rule}, got {features[name][at]:.6g} at {at}.")
     _checks.queries_keys(*features.values())
-    phi_q, phi_k = features.values()
+    phi_q, phi_k = _from_logarithms(*features.values()) if by_logs else features.values()
     n_queries, n_keys = phi_q.shape[-2], phi_k.shape[-2]
     _check_square(n_queries, n_keys)
     den = phi_q @ np.sum(phi_k, axis=-2)[..., None]
@@ -74,6 +88,16 @@ def spectral_gap_features(phi_q: Array, phi_k: Array) -> Any:
     if n_queries > 1 and values.shape[-1] == 1:
         values = np.concatenate([values, np.zeros_like(values)], axis=-1)  # the other eigenvalues of A
     return _gap(values)
+
+
+def _from_logarithms(lq: Floats, lk: Floats) -> tuple[Floats, Floats]:
+    """Features within 0 .. 1 of the same A: columns of lk give their maxima to lq, rows of lq lose theirs."""
+    top = np.max(lk, axis=-2, keepdims=True, initial=-np.inf)
+    alive = np.isfinite(top)
+    top = np.where(alive, top, 0.0)
+    lq = np.where(alive, lq + top, -np.inf)
+    most = np.max(lq, axis=-1, keepdims=True, initial=-np.inf)
+    return np.exp(lq - np.where(np.isfinite(most), most, 0.0)), np.exp(lk - top)
 
 
 def _check_square(n_queries: int, n_keys: int) -> None:
