@@ -289,3 +289,38 @@ def test_a_number_of_threads_changes_no_bits(rng, tmp_path):
 def test_chunks_of_the_rooms_differ():
     """The sizes that tests take surround the chunk of every room."""
     assert len(set(CHUNKS)) == len(CHUNKS) == len(LINEAR_ROOMS)
+
+
+def test_kernels_stay_inside_their_scratch(monkeypatch, rng):
+    """Also without a feature, a column or a token: what stands around the scratch is untouched."""
+    rooms, given, margin, mark = [room("numba", name) for name in ("linear", "loglinear", "softmax")], [], 4096, 7.25
+
+    def guarded(dtype, size):
+        whole = np.full(size + 2 * margin, mark, dtype)
+        start = margin + -whole[margin:].ctypes.data % 64 // whole.itemsize
+        given.append((whole, start, start + size))
+        return whole[start : start + size]
+
+    for module in rooms:
+        monkeypatch.setattr(module, "scratch", guarded)
+    for attend in MAIN:
+        for dtype in ("float64", "float32"):
+            for n, d, e in (
+                (0, 0, 0),
+                (0, 3, 0),
+                (0, 3, 2),
+                (1, 3, 0),
+                (1, 1, 16),
+                (5, 3, 0),
+                (5, 16, 33),
+                (60, 17, 0),
+            ):
+                q, k = rng.normal(size=(2, n, d)).astype(dtype)
+                v = rng.normal(size=(n, e)).astype(dtype)
+                for causal in (False, True):
+                    out, backward = attend.vjp(q, k, v, causal=causal, backend="numba")
+                    backward(np.ones_like(out))
+    assert len(given) > 100
+    for whole, start, stop in given:
+        assert np.all(whole[:start] == mark)
+        assert np.all(whole[stop:] == mark)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
@@ -379,6 +378,8 @@ def _shown(value: Any) -> str:
         return repr(value)
     if value.size <= SHOWN:
         return repr(value.tolist())
+    import hashlib  # this long a path is rare, and `import linattn` is to be short
+
     return f"<{value.shape} {hashlib.sha256(value.tobytes()).hexdigest()[:8]}>"
 
 

@@ -45,8 +45,8 @@ D_Q, D_V, D_K = 1, 2, 4  # what a call of the backward kernel makes
 
 
 def scratch_size(n_features: int, n_values: int, columns: int) -> int:
-    """Numbers of scratch the kernels carve, the larger of both."""
-    features, values = (-(-n // columns) * columns for n in (n_features, n_values))
+    """Numbers of scratch the kernels carve, the larger of both; a call without a column has a slice all the same."""
+    features, values = (max(1, -(-n // columns)) * columns for n in (n_features, n_values))
     states = 2 * columns * (features // columns * rows_of(n_values) + values // columns * rows_of(n_features))
     return CHUNK * (3 * features + 3 * values + 5) + states + 5 * features + 2 * values + W_SIZE
 

@@ -72,8 +72,8 @@ LN2 = math.log(2)
 
 
 def scratch_size(n_features: int, n_values: int, columns: int) -> int:
-    """Numbers of scratch the kernels carve, the larger of both."""
-    features, values = (-(-n // columns) * columns for n in (n_features, n_values))
+    """Numbers of scratch the kernels carve, the larger of both; a call without a column has a slice all the same."""
+    features, values = (max(1, -(-n // columns)) * columns for n in (n_features, n_values))
     states = 2 * columns * (features // columns * rows_of(n_values) + values // columns * rows_of(n_features))
     return CHUNK * (9 * features + 3 * values + 10) + states + 7 * features + 2 * values + columns + W_SIZE
 
@@ -158,7 +158,7 @@ def gauge_of_keys(lk, at, stride, mask, mask_at, mask_stride, masked, count, F, 
 
 
 @helper
-def divisors(d, a, b, den):
+def live_divisors(d, a, b, den):
     """den, NaN where it is infinite: finite numerators over it would be 0, a wrong finite number."""
     for t in range(a, b):
         den[t] = d[t] + (d[t] - d[t])
@@ -230,7 +230,7 @@ def forward_kernel(salt):
                             new_sums, p, E1, new_rest, p, E1, Y, 0, 0)  # fmt: skip
                 copy_rows(1, F, m, 0, 0, new_gauge, j * F, 0)
                 d[0] = Y[E_all]
-                divisors(d, 0, 1, den)
+                live_divisors(d, 0, 1, den)
                 divide_rows(1, E_all, den, 0, 0, Y, 0, 0, out, head * E_all, 0)
                 lse[head] = rho[0] * LN2 + math.log(den[0]) if den[0] != 0 else -math.inf
             return
@@ -295,7 +295,7 @@ def forward_kernel(salt):
                         pairs(b - s, Fp, True, Q, s * Fp, Fp, K, s * Fp, Fp, ZE, 0, Fp, W, w, 0, d, s, 1)
                         advance(b - s, slices, F, S_step, Q, s * Fp, Fp, K, s * Fp, Fp, V, s * Ep, Ep,
                                 S, 0, 2 * cols, W, w, 0, Y, s * Ep, Ep, v, v_at + p * v_stride, v_stride)  # fmt: skip
-                        divisors(d, a, b, den)
+                        live_divisors(d, a, b, den)
                         p = head * N + c
                         divide_rows(b - a, E, den, a, 1, Y, a * Ep, Ep, out, (p + a) * E_all + column, E_all)
                         for t in range(a, b if left == 0 else a):
@@ -309,7 +309,7 @@ def forward_kernel(salt):
                     fill_up(n, Fp, Q)
                     row_dots(n, Fp, Q, 0, Fp, ZE, 0, 0, d, 0, 1)
                     product(F, Fp, n, slices, S_step, cols, Q, 0, 1, S, 0, 2 * cols, Y, 0, Ep)
-                    divisors(d, 0, n, den)
+                    live_divisors(d, 0, n, den)
                     p = head * N + c
                     divide_rows(n, E, den, 0, 1, Y, 0, Ep, out, p * E_all + column, E_all)
                     for t in range(n if left == 0 else 0):
@@ -336,7 +336,7 @@ def finish_queries(a, b, F, Fp, Q, Y, Z, Z_at, Z_stride, d_lse, lse_given, l_at,
     """d_lq = Q (Y - go Z) / den, den = Q . Z, go = Q . Y / den - d_lse, h = -go / den; 0 in rows that see nothing."""
     row_dots(b - a, Fp, Q, a * Fp, Fp, Z, Z_at, Z_stride, d, a, 1)
     row_dots(b - a, Fp, Q, a * Fp, Fp, Y, a * Fp, Fp, dots, a, 1)
-    divisors(d, a, b, behind(den, at))
+    live_divisors(d, a, b, behind(den, at))
     for t in range(a, b):
         c = den[at + t]
         if c == 0:
