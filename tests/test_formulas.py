@@ -13,6 +13,13 @@ from linattn.audit import measure
 from linattn.audit.quadratic import FEATURE_MAPS, FEATURES, FORMULAS, Formula, cosine, formula_of
 
 NAMES = sorted(FORMULAS)
+GIVEN = {
+    "LLN": {"alpha": 0.8, "beta": 0.6},
+    "LLNDiag": {"alpha": 0.8, "beta": 0.6, "block": 4},
+    "Performer": {"projection": lambda dim: np.random.default_rng(5).normal(size=(6, dim))},
+}
+FIXED = {name: Formula(FORMULAS[name].rule, **GIVEN.get(name, {})) for name in NAMES}
+"""Each formula with what it cannot do without: nothing of it comes from the data of the call."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,24 @@ def similarity_softmax(q, k, t, s, n, m, scale=None, **_):
     return mpmath.exp(mpmath.fdot(q[t], k[s]) * (scale or 1 / mpmath.sqrt(len(q[t]))))
 
 
-SIMILARITIES = {"Linear": similarity_linear, "CosFormer": similarity_cosformer, "Softmax": similarity_softmax}
+def similarity_lln(q, k, t, s, n, m, alpha, beta):
+    return mpmath.fsum(mpmath.exp(alpha * a + beta * b) for a, b in zip(q[t], k[s], strict=True))
+
+
+def similarity_performer(q, k, t, s, n, m, projection):
+    root = mpmath.mpf(len(q[t])) ** -0.25
+    x, y = [root * a for a in q[t]], [root * b for b in k[s]]
+    logs = (mpmath.fdot(w, x) + mpmath.fdot(w, y) - mpmath.fdot(y, y) / 2 for w in projection(len(x)).tolist())
+    return mpmath.fsum(map(mpmath.exp, logs))
+
+
+SIMILARITIES = {
+    "Linear": similarity_linear,
+    "CosFormer": similarity_cosformer,
+    "Softmax": similarity_softmax,
+    "LLN": similarity_lln,
+    "Performer": similarity_performer,
+}
 
 PARAMETERS = [
     *(("Linear", {"feature_map": name}) for name in ("relu", "elu1", "exp")),
@@ -85,6 +109,8 @@ PARAMETERS = [
     ("CosFormer", {"feature_map": "elu1", "normalize": False}),
     ("Softmax", {}),
     ("Softmax", {"scale": 3.0}),
+    ("LLN", GIVEN["LLN"]),
+    ("Performer", GIVEN["Performer"]),
 ]
 
 
@@ -144,7 +170,7 @@ def test_cosine_keeps_its_relative_accuracy():
 def test_complex_step_is_the_derivative(name, causal, rng):
     """The imaginary part agrees with central differences, and the real part is the function."""
     x, u = list(draw(rng)), list(draw(rng))
-    formula = Formula(FORMULAS[name].rule, **({"length": 20} if name == "CosFormer" else {}))
+    formula = Formula(FORMULAS[name].rule, **({"length": 20} if name == "CosFormer" else GIVEN.get(name, {})))
 
     def at(h):
         return formula(*(a + h * b for a, b in zip(x, u, strict=True)), causal=causal)
@@ -158,7 +184,7 @@ def test_complex_step_is_the_derivative(name, causal, rng):
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_rows_of_the_whole(name, rng):
     q, k, v = draw(rng)
-    formula = FORMULAS[name]
+    formula = FIXED[name]
     some = np.array([7, 2, 2])
     for causal in (False, True):
         want = formula.weights(q, k, causal=causal)[:, some]
@@ -170,7 +196,7 @@ def test_rows_are_rows_of_the_whole(name, rng):
 def test_packed_sequences_are_calls_of_their_own(name, rng):
     q, k, v = draw(rng)
     edges, mask = [0, 4, 4, 9], rng.random((2, 9)) > 0.2
-    formula = FORMULAS[name]
+    formula = FIXED[name]
     out = formula(q, k, v, cu_seqlens=edges, key_mask=mask, causal=True)
     weights = formula.weights(q, k, cu_seqlens=edges, key_mask=mask, causal=True)
     for a, b in ((0, 4), (4, 9)):
@@ -195,9 +221,10 @@ def test_positions_move_together(rng):
 @pytest.mark.parametrize("name", NAMES)
 def test_leading_axes_broadcast(name, rng):
     q, k, v = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(2, 1, 6, 4)), rng.normal(size=(6, 2))
-    whole = FORMULAS[name](q, k, v)
+    k, v = (x[..., : 5 if name == "LLNDiag" else 6, :] for x in (k, v))  # its blocks need N == M
+    whole = FIXED[name](q, k, v)
     assert whole.shape == (2, 3, 5, 2)
-    np.testing.assert_allclose(whole[1, 2], FORMULAS[name](q[1, 2], k[1, 0], v), rtol=1e-14)
+    np.testing.assert_allclose(whole[1, 2], FIXED[name](q[1, 2], k[1, 0], v), rtol=1e-14)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -205,26 +232,29 @@ def test_dead_and_empty(name, rng):
     """Nothing visible gives zeros; M = 0, N = 0 and D = 0 give the formula's value."""
     q, k, v = draw(rng)
     hidden = np.zeros(9, dtype=bool)
-    assert not FORMULAS[name](q, k, v, key_mask=hidden).any()
-    assert not FORMULAS[name](q, k[:, :0], v[:, :0]).any()
-    assert FORMULAS[name](q[:, :0], k, v).shape == (2, 0, 3)
-    flat = FORMULAS[name](q[..., :0], k[..., :0], v)
-    np.testing.assert_allclose(flat, np.mean(v, -2, keepdims=True) * np.ones((9, 1)) * (name == "Softmax"))
+    assert not FIXED[name](q, k, v, key_mask=hidden).any()
+    assert not FIXED[name](q, k[:, :0], v[:, :0]).any()
+    assert FIXED[name](q[:, :0], k, v).shape == (2, 0, 3)
+    flat = FIXED[name](q[..., :0], k[..., :0], v)
+    mean = np.mean(v, -2, keepdims=True) * np.ones((9, 1))
+    in_blocks = FORMULAS["Softmax"](q[..., :0], k[..., :0], v, cu_seqlens=[0, 4, 8, 9])
+    want = {"Softmax": mean, "Performer": mean, "LLNDiag": in_blocks / 2}.get(name, np.zeros_like(v))
+    np.testing.assert_allclose(flat, want)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_values_stay_where_they_are_seen(name, rng):
     q, k, v = draw(rng)
-    clean = FORMULAS[name](q, k, v, causal=True)
+    clean = FIXED[name](q, k, v, causal=True)
     k[0, 5, 1], v[1, 3, 2] = np.nan, np.inf
-    out = FORMULAS[name](q, k, v, causal=True)
+    out = FIXED[name](q, k, v, causal=True)
     assert np.isnan(out[0, 5:]).all()
     assert np.isnan(out[1, 3:, 2]).all()
     out[0, 5:], out[1, 3:, 2] = clean[0, 5:], clean[1, 3:, 2]
     np.testing.assert_array_equal(out, clean)
     seen = np.ones((2, 9), dtype=bool)
     seen[0, 5] = seen[1, 3] = False
-    assert np.isfinite(FORMULAS[name](q, k, v, causal=True, key_mask=seen)).all()
+    assert np.isfinite(FIXED[name](q, k, v, causal=True, key_mask=seen)).all()
 
 
 def test_types(rng):
@@ -303,7 +333,8 @@ def test_oracle_of_packed_and_moved(rng):
 
 
 def test_features_for_every_linear_formula():
-    assert set(FEATURES) == set(FORMULAS) - {"Softmax"}
+    """Softmax has none; those of the others are given by their logarithms."""
+    assert set(FEATURES) == set(FORMULAS) - {"Softmax", *GIVEN}
 
 
 # ------------------------------------------------------------------------------------------------- metrics
