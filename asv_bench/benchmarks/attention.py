@@ -26,6 +26,7 @@ BACKENDS = ["reference", "numba"]
 SEES = ["all", "causal"]
 HEADS, CHANNELS = 4, 64
 EPS = float(np.finfo("float32").eps)
+SAMPLE = 8  # errors are read off every eighth row: a formula by logarithms takes R exponentials a pair
 
 
 def draw(heads, n_tokens):
@@ -38,10 +39,11 @@ def gradient_error(attend, args, d_out, grads, **options):
     directions = [np.random.default_rng(1 + i).normal(size=x.shape) for i, x in enumerate(args)]
     h = 1e-30  # complex step: nothing cancels
     moved = (x + 1j * h * u for x, u in zip(args, directions, strict=True))
-    d_formula = quadratic.formula_of(attend)(*moved, **options).imag / h
+    rows = slice(None, None, SAMPLE)
+    d_formula = quadratic.formula_of(attend)(*moved, rows=rows, **options).imag / h
     got = sum(np.sum(d_x.astype("float64") * u) for d_x, u in zip(grads, directions, strict=True))
     size = sum(np.sum(abs(d_x * u)) for d_x, u in zip(grads, directions, strict=True))
-    return float(abs(got - np.sum(d_out * d_formula)) / size / EPS)
+    return float(abs(got - np.sum(d_out[..., rows, :] * d_formula)) / size / EPS)
 
 
 class Whole:
@@ -64,11 +66,13 @@ class Whole:
         self.run_backward(self.d_out)
 
     def track_forward_error(self, attend, sees, *_):
-        want = measure.oracle(attend, *self.args, causal=sees == "causal").out
-        return measure.error_in_eps(attend(*self.args, **self.options), want)
+        rows = np.arange(0, self.d_out.shape[-2], SAMPLE)
+        want = measure.oracle(attend, *self.args, causal=sees == "causal", rows=rows).out
+        return measure.error_in_eps(attend(*self.args, **self.options)[..., rows, :], want)
 
     def track_backward_error(self, attend, sees, *_):
-        args, d_out = [x[:1] for x in self.args], self.d_out[:1]  # one head: the formula is N x N
+        args, d_out = [x[:1] for x in self.args], np.zeros_like(self.d_out[:1])  # one head: the formula is N x N
+        d_out[:, ::SAMPLE] = self.d_out[:1, ::SAMPLE]
         grads = attend.vjp(*args, **self.options)[1](d_out)
         return gradient_error(attend, args, d_out, grads, causal=sees == "causal")
 
