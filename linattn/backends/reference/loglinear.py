@@ -30,6 +30,7 @@ from linattn.backends.reference.linear import visible, visible_mean
 def forward(lq, lk, v, state, *, span, key_mask, out, xp, chunk_size=CHUNK):
     """out (..., N, E), lse (..., N) and the state after all keys. Arguments: engines/loglinear.py."""
     dtype = _arrays.accumulator(v, xp)
+    lq, lk, v, key_mask = _laid(lq, lk, v, key_mask)
     v1 = _with_ones(visible(_arrays.cast(v, dtype, xp), key_mask, xp), xp)
     grid = GRIDS[span](lq, lk, state[2], key_mask, dtype, chunk_size, xp)
     num_den, total = grid.attend(v1, value(state, xp))
@@ -57,6 +58,8 @@ def backward(d_out, d_lse, d_state, lq, lk, v, state, *, span, key_mask, centre,
     Not `centre`: mu = 0. The cotangents of states are those of the sums of [v, 1] in any case.
     """
     dtype = _arrays.accumulator(v, xp)
+    lq, lk, v, key_mask = _laid(lq, lk, v, key_mask)
+    d_out = _arrays.row_major(d_out)
     g, values = _arrays.cast(d_out, dtype, xp), visible(_arrays.cast(v, dtype, xp), key_mask, xp)
     before = value(state, xp)
     after = xp.zeros_like(before) if d_state is None else _arrays.cast(d_state, before.dtype, xp)
@@ -97,6 +100,12 @@ def weights(lq, lk, *, span, key_mask, xp):
 
 
 # -- operands and state ----------------------------------------------------------------------------------------
+
+
+def _laid(lq, lk, v, key_mask):
+    """In C order: how arguments lie is no matter of rounding."""
+    laid = [_arrays.row_major(x) for x in (lq, lk, v)]
+    return *laid, None if key_mask is None else _arrays.row_major(key_mask)
 
 
 def _with_ones(v, xp):
