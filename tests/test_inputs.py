@@ -17,6 +17,7 @@ from cases import (
     assert_bits,
     assert_close,
     backends_of,
+    has_blocks,
     on_backends,
     rounded,
     values_on_backends,
@@ -333,7 +334,7 @@ def calls(draw):
     dtype = draw(st.sampled_from(list(DTYPES)))
     causal = draw(st.booleans())
     n = draw(st.integers(0, 9))
-    m = n if causal else draw(st.integers(0, 9))
+    m = n if causal or has_blocks(attend) else draw(st.integers(0, 9))
     d, e = draw(st.integers(1, 5)), draw(st.integers(0, 5))
     leads = draw(
         st.sampled_from([((), (), ()), ((2,), (2,), (2,)), ((2, 2), (2, 1), ()), ((0,), (1,), ()), ((3,), (), (3,))])
