@@ -108,7 +108,7 @@ def test_results_stay_on_the_device(attend, rng):
     import array_api_strict as xp
 
     device = xp.Device("device1")
-    (q, k, values), options = Case(attend, masked=True, causal=True, n=70, m=70).draw(rng)
+    (q, k, values), options = Case(attend, masked=True, causal=True, n=72, m=72).draw(rng)
     q, k, v, mask = (xp.asarray(x, device=device) for x in (q, k, values, options["key_mask"]))
     out, backward = attend.vjp(q, k, v, causal=True, key_mask=mask)
     state = attend.init_state(k, v)
@@ -116,12 +116,12 @@ def test_results_stay_on_the_device(attend, rng):
     weights = attend.weights(q, k, key_mask=mask)
     arrays = [x for x in state.arrays if x is not None]
     assert all(x.device == device for x in (out, *backward(out), step, *arrays, weights))
-    merged = attend.merge(state, attend.init_state(k, v, position=70))
+    merged = attend.merge(state, attend.init_state(k, v, position=72))
     _, _, backward = attend.step_vjp(q[:, :1, ...], k[:, :1, ...], v[:, :1, ...], merged)
     *grads, d_state = backward(out[:, :1, ...])
     arrays = [x for x in (*merged.arrays, *d_state.arrays) if x is not None]
     assert all(x.device == device for x in (*arrays, *grads))
-    packed = attend(q, k, v, cu_seqlens=[0, 0, 30, 70], causal=True)
+    packed = attend(q, k, v, cu_seqlens=[0, 0, 30, 72], causal=True)
     assert packed.device == device
     with pytest.raises(ValueError, match="one device"):
         attend(q, k, xp.asarray(values, device=xp.Device("CPU_DEVICE")))
@@ -137,9 +137,10 @@ def test_results_stay_on_the_device(attend, rng):
 def test_torch_compiles_without_a_break(attend, causal, rng):
     torch = pytest.importorskip("torch")
     args = [torch.tensor(x) for x in Case(attend).draw(rng)[0]]
+    want = attend(*args, causal=causal)  # Performer draws its matrix here: a compiler cannot
     torch.compiler.reset()
     compiled = torch.compile(lambda q, k, v: attend(q, k, v, causal=causal), fullgraph=True, backend="aot_eager")
-    assert_close(compiled(*args), numpy_of(attend(*args, causal=causal)))
+    assert_close(compiled(*args), numpy_of(want))
 
 
 @pytest.mark.torch

@@ -276,7 +276,8 @@ class LLNDiag(Scaled):
     @property
     def _linear(self) -> LLN:
         """The LLN part."""
-        return LLN(**{x.name: getattr(self, x.name) for x in fields(LLN)})
+        own = {"calibration": self.calibration, "scope": self.scope, "statistics": self.statistics}
+        return LLN(alpha=self.alpha, beta=self.beta, **own)
 
     def _checked(
         self, q: Array, k: Array, v: Array, causal: bool, key_mask: Any, positions: Any, backend: Any, xp: Any

@@ -257,7 +257,7 @@ class Performer(RandomFeatureAttention):
         self, q: Array, k: Array, v: Array, causal: bool, key_mask: Any, positions: Any, backend: Any, xp: Any
     ) -> tuple[Call, tuple[int, ...]]:
         call, lead = super()._checked(q, k, v, causal, key_mask, positions, backend, xp)
-        own = {"projection": self.matrix(q.shape[-1]).shape[:-2]}
+        own = {"projection": () if self.projection is None else self.matrix(q.shape[-1]).shape[:-2]}
         inner_axes = (2, 1, 0 if self.features == "oprf" else 2)
         for name, x, inner in zip(("A", "c", "second"), self.calibration or (), inner_axes, strict=False):
             if x is None:

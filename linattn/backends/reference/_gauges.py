@@ -94,8 +94,9 @@ class Chunks:
         nk = _padded(nk, size, NONE, xp)
         top = xp.maximum(running_maximum(nk, xp), gauge[..., None, :])
         self.gauge = top[..., -1, :] if top.shape[-2] else gauge
+        first = (*top.shape[:-2], min(1, top.shape[-2]), top.shape[-1])
         before = xp.concat(
-            [xp.broadcast_to(gauge[..., None, :], tuple(top[..., :1, :].shape)), top[..., :-1, :]], axis=-2
+            [xp.broadcast_to(gauge[..., None, :], first), top[..., : max(top.shape[-2] - 1, 0), :]], axis=-2
         )
         raised = _padded(nq, size, 0, xp) + top
         rho = _largest(raised, xp)
