@@ -85,8 +85,8 @@ LOG_FEATURES = ("positive", "hyperbolic", "oprf", "sderf")
 
 
 def engine_of(attend):
-    if isinstance(attend, la.Softmax):
-        return "softmax"
+    if isinstance(attend, (la.Softmax, la.Combiner)):
+        return type(attend).__name__.lower()
     by_logs = getattr(attend, "feature_map", None) == "exp" or getattr(attend, "features", None) in LOG_FEATURES
     return "loglinear" if by_logs or isinstance(attend, (la.LLN, la.LLNDiag)) else "linear"
 
@@ -153,6 +153,13 @@ VALUES = [
     la.LLN(calibration=(0.3, -0.1), scope="head", statistics="differentiated"),
     la.LLNDiag(block=4),
     la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
+    la.Combiner(span=4),
+    la.Combiner("logsparse", size_bias=True),
+    la.Combiner("axial_vertical", width=4),
+    la.Combiner("axial_horizontal", width=3, pool="mean"),
+    la.Combiner("axial_rowmajor", width=4, row_key="wsum", scale=0.25),
+    la.Combiner("mixture", width=4),
+    la.Combiner("mixture", width=4, mix="joint"),
 ]
 MAIN = [
     la.Linear(),
@@ -161,6 +168,8 @@ MAIN = [
     la.Performer(12),
     la.LLN(alpha=0.8, beta=0.6),
     la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
+    la.Combiner(span=4),
+]
 ]
 FEATURE_ERROR = {  # e_phi / u
     "identity": 0,
@@ -204,6 +213,10 @@ def is_elementary(attend):
     return isinstance(attend, (la.Linear, la.CosFormer)) and engine_of(attend) == "linear"
 
 
+def is_combiner(attend):
+    return isinstance(attend, la.Combiner)
+
+
 def is_distribution(attend):
     """Rows of weights are non-negative and sum to 1, or to 0 where nothing is seen."""
     return not isinstance(attend, (la.Linear, la.CosFormer)) or (attend.normalize and attend.eps == "safe")
@@ -245,6 +258,8 @@ class Case:
         if is_cosformer(self.attend):
             return self.attend.length is not None or not (self.causal or self.masked or self.moved)
         if has_blocks(self.attend) and self.n != self.m:
+            return False
+        if is_combiner(self.attend) and (self.n != self.m or (self.attend.mix == "joint" and not self.causal)):
             return False
         return not self.moved and not (self.causal and reads_the_call(self.attend))
 
