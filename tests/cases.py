@@ -170,7 +170,6 @@ MAIN = [
     la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
     la.Combiner(span=4),
 ]
-]
 FEATURE_ERROR = {  # e_phi / u
     "identity": 0,
     "relu": 0,
