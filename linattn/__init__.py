@@ -8,7 +8,6 @@ from __future__ import annotations
 from linattn import instruments, regions
 from linattn.backends.numba.threads import threads
 from linattn.engines.features import FeatureMap
-from linattn.engines.plans import Plan
 from linattn.mechanisms.attention import State
 from linattn.mechanisms.combiner import Combiner, combiner
 from linattn.mechanisms.cosformer import CosFormer, cosformer
@@ -16,6 +15,7 @@ from linattn.mechanisms.linear import Linear, linear_attention
 from linattn.mechanisms.lln import LLN, LLNDiag, lln, lln_diag
 from linattn.mechanisms.performer import Performer, performer
 from linattn.mechanisms.softmax import Softmax, softmax_attention
+from linattn.plans.plan import Plan
 from linattn.projections import draw_projection
 from linattn.states import load_state, save_state
 

@@ -21,7 +21,7 @@ from typing import Any
 from linattn import _arrays, _checks, backends
 from linattn._arrays import Array
 from linattn.engines import combiner as engine
-from linattn.engines.plans import Plan
+from linattn.plans.plan import Plan
 
 __all__ = [
     "attend",

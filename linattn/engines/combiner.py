@@ -21,8 +21,8 @@ from linattn import _arrays
 from linattn._arrays import Array
 from linattn.backends.reference import combiner as reference
 from linattn.backends.reference.linear import visible_mean
-from linattn.engines.mixing import Mixing
-from linattn.engines.plans import Plan
+from linattn.plans.mixing import Mixing
+from linattn.plans.plan import Plan
 
 
 class Options(NamedTuple):

@@ -23,9 +23,9 @@ from linattn.engines.combiner_stream import (
     plus_last,
     visible_so_far,
 )  # fmt: skip
-from linattn.engines.mixing import ALL, Block, Mixing, rows
-from linattn.engines.plans import Plan
 from linattn.engines.softmax import append
+from linattn.plans.mixing import ALL, Block, Mixing, rows
+from linattn.plans.plan import Plan
 
 
 class Counter(Stream):

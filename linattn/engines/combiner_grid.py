@@ -26,8 +26,8 @@ from linattn.engines.combiner_stream import (
     plus_last,
     visible_so_far,
 )  # fmt: skip
-from linattn.engines.mixing import ALL, FROM, NOT, UPTO, Block, Mixing, columns, rows
 from linattn.engines.softmax import append
+from linattn.plans.mixing import ALL, FROM, NOT, UPTO, Block, Mixing, columns, rows
 
 KINDS = {
     "fixed": (("span",),),

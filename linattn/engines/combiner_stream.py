@@ -16,8 +16,8 @@ from linattn._arrays import Array
 from linattn.backends.reference import combiner as reference
 from linattn.backends.reference._scans import larger
 from linattn.engines.combiner import Options, Regions, offset
-from linattn.engines.mixing import Mixing
 from linattn.engines.softmax import append
+from linattn.plans.mixing import Mixing
 
 Held = dict[str, Array]  # what cotangents flow through
 Marks = dict[str, Any]  # what none does

@@ -11,8 +11,8 @@ from linattn.engines import combiner as engine
 from linattn.engines.combiner_counter import Counter
 from linattn.engines.combiner_grid import Grid
 from linattn.engines.combiner_stream import CombinerState, Stream, empty_state
-from linattn.engines.plans import PATTERNS, SIZES, Plan
 from linattn.mechanisms.attention import Attention, Call, State, room
+from linattn.plans.plan import PATTERNS, SIZES, Plan
 
 POOLS = ("max", "mean")
 ROW_KEYS = ("self", "wsum")

@@ -1,6 +1,6 @@
 """Attention and pools over a list of edges: a gather for each edge, rows of like length at a time.
 
-Rows are filled up to a power of two (`mixing.buckets`), at most twice the edges. What flows back to keys is gathered
+Rows are filled up to a power of two (`mixing.rows`), at most twice the edges. What flows back to keys is gathered
 through the transposed list: nothing is scattered, and the order of every sum is fixed.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from math import prod
-
-import numpy as np
 
 from linattn import _arrays
 
@@ -25,12 +23,12 @@ def forward(q, sources, *, mixing, scale, out, xp):
 
     def rows(part):
         p, met = probabilities(q, k, visible, bias, mixing, part, scale, xp)
-        y = xp.matmul(p[..., None, :], gathered(finite, part.index, xp))[..., 0, :]
-        reached = xp.any(gathered(bad, part.index, xp) & met[..., None], axis=-2)
+        y = xp.matmul(p[..., None, :], gathered(finite, part.keys, xp))[..., 0, :]
+        reached = xp.any(gathered(bad, part.keys, xp) & met[..., None], axis=-2)
         return xp.where(reached, xp.full_like(y, math.nan), y)
 
     shape = (*lead, mixing.n_queries, v.shape[-1])
-    y = by_rows(rows, mixing.buckets, mixing.edges.indices, prod(lead) * width, shape, q, xp)
+    y = by_rows(rows, mixing.rows, prod(lead) * width, shape, q, xp)
     return _arrays.fill(out, y)
 
 
@@ -39,7 +37,7 @@ def backward(d_out, q, sources, *, mixing, scale, xp):
     k, v, visible, bias = joined(sources, xp)
     lead = tuple(d_out.shape[:-2])
     width = prod(lead) * max(q.shape[-1], v.shape[-1])
-    edges, n_keys = mixing.edges.indices, k.shape[-2]
+    n_keys = k.shape[-2]
     finite_q, finite_k = split_bad(q, xp)[0], split_bad(k, xp)[0]
     finite_g, bad_g = split_bad(d_out, xp)
     kept = []
@@ -47,19 +45,18 @@ def backward(d_out, q, sources, *, mixing, scale, xp):
     def queries(part):
         p, met = probabilities(q, k, visible, bias, mixing, part, scale, xp)
         g = xp.take(d_out, _index(part.rows, q, xp), axis=-2)
-        d_p = xp.matmul(gathered(v, part.index, xp), g[..., None])[..., 0]
+        d_p = xp.matmul(gathered(v, part.keys, xp), g[..., None])[..., 0]
         d_p = xp.where(met, d_p, xp.zeros_like(d_p))
         d_s = p * (d_p - xp.sum(p * d_p, axis=-1, keepdims=True, dtype=p.dtype))
         d_s = xp.where(met, d_s, xp.zeros_like(d_s))
         kept.append([_flat(x, lead, xp) for x in (p, d_s, met)])
-        return scale * xp.matmul(d_s[..., None, :], gathered(finite_k, part.index, xp))[..., 0, :]
+        return scale * xp.matmul(d_s[..., None, :], gathered(finite_k, part.keys, xp))[..., 0, :]
 
-    d_q = by_rows(queries, mixing.buckets, edges, width, (*lead, *q.shape[-2:]), q, xp)
+    d_q = by_rows(queries, mixing.rows, width, (*lead, *q.shape[-2:]), q, xp)
     if not kept:
         return xp.zeros_like(q), [(xp.zeros_like(k_own), xp.zeros_like(v_own)) for k_own, v_own, _, _ in sources]
     p, d_s, met = (xp.concat(x, axis=-1) for x in zip(*kept, strict=True))
-    places = places_of(mixing, width)
-    turned, order = mixing.transposed
+    places, (turned, order) = mixing.rows.places, mixing.turned
 
     def keys(part):
         at = places[order[part.entries]]
@@ -67,15 +64,13 @@ def backward(d_out, q, sources, *, mixing, scale, xp):
         p_own, d_s_own, met_own = (
             xp.where(real, picked(x, at, xp), xp.zeros_like(x[..., :1, None])) for x in (p, d_s, met)
         )
-        t = turned.indices[part.entries]
+        t = part.keys
         d_k = scale * xp.matmul(d_s_own[..., None, :], gathered(finite_q, t, xp))[..., 0, :]
         d_v = xp.matmul(p_own[..., None, :], gathered(finite_g, t, xp))[..., 0, :]
         reached = xp.any(gathered(bad_g, t, xp) & met_own[..., None], axis=-2)
         return xp.concat([d_k, xp.where(reached, xp.full_like(d_v, math.nan), d_v)], axis=-1)
 
-    both = by_rows(
-        keys, mixing.transposed_buckets, turned.indices, width, (*lead, n_keys, q.shape[-1] + v.shape[-1]), q, xp
-    )
+    both = by_rows(keys, turned, width, (*lead, n_keys, q.shape[-1] + v.shape[-1]), q, xp)
     d_sources, first = [], 0
     for k_own, v_own, _, _ in sources:
         last = first + k_own.shape[-2]
@@ -89,12 +84,12 @@ def backward(d_out, q, sources, *, mixing, scale, xp):
 def probabilities(q, k, visible, bias, mixing, part, scale, xp):
     """p (..., rows, width) of some rows, and which of their entries are met."""
     own = xp.take(q, _index(part.rows, q, xp), axis=-2)
-    s = scale * xp.matmul(gathered(k, part.index, xp), own[..., None])[..., 0]
+    s = scale * xp.matmul(gathered(k, part.keys, xp), own[..., None])[..., 0]
     if bias is not None:
-        s = s + picked(bias, part.index, xp)
+        s = s + picked(bias, part.keys, xp)
     met = _index(part.real, q, xp)
     if visible is not None:
-        met = met & picked(visible, part.index, xp)
+        met = met & picked(visible, part.keys, xp)
     met = xp.broadcast_to(met, _arrays.broadcast_shapes(tuple(met.shape), tuple(s.shape)))
     s = xp.where(met, s, xp.full_like(s, -math.inf))
     top = xp.max(s, axis=-1, keepdims=True)
@@ -114,26 +109,26 @@ def sizes(visible, like, *, mixing, xp):
     lead = tuple(visible.shape[:-1])
 
     def rows(part):
-        met = picked(visible, part.index, xp) & _index(part.real, like, xp)
+        met = picked(visible, part.keys, xp) & _index(part.real, like, xp)
         return xp.sum(xp.astype(met, like.dtype), axis=-1, keepdims=True, dtype=like.dtype)
 
-    return by_rows(rows, mixing.buckets, mixing.edges.indices, prod(lead), (*lead, n_regions, 1), like, xp)[..., 0]
+    return by_rows(rows, mixing.rows, prod(lead), (*lead, n_regions, 1), like, xp)[..., 0]
 
 
 def pool(x, visible, mixing, kind, xp):
     """As combiner._pool: (..., R, C) and the function that takes its cotangent back to x."""
     lead = _arrays.broadcast_shapes(tuple(x.shape[:-2]), () if visible is None else tuple(visible.shape[:-1]))
     width = x.shape[-1]
-    shape, edges = (*lead, mixing.n_queries, width), mixing.edges.indices
+    shape = (*lead, mixing.n_queries, width)
     step = prod(lead) * width
     shares = []  # of each entry in its region's pool
 
     def rows(part):
         met = _index(part.real, x, xp)
         if visible is not None:
-            met = met & picked(visible, part.index, xp)
-        met = xp.broadcast_to(met, (*lead, *part.index.shape))[..., None]
-        values = gathered(x, part.index, xp)
+            met = met & picked(visible, part.keys, xp)
+        met = xp.broadcast_to(met, (*lead, *part.keys.shape))[..., None]
+        values = gathered(x, part.keys, xp)
         empty = ~xp.any(met, axis=-2, keepdims=True)
         if kind == "mean":
             ones = xp.astype(met, x.dtype)
@@ -144,28 +139,28 @@ def pool(x, visible, mixing, kind, xp):
         else:
             chosen = _chosen(values, met, part, mixing.rep, kind, xp)
             y = xp.sum(xp.where(chosen, values, xp.zeros_like(values)), axis=-2, dtype=x.dtype)
-            share = xp.astype(xp.broadcast_to(chosen, (*lead, *part.index.shape, width)), x.dtype)
+            share = xp.astype(xp.broadcast_to(chosen, (*lead, *part.keys.shape, width)), x.dtype)
         shares.append(_flat_rows(share, lead, xp))
         return y
 
-    pooled = by_rows(rows, mixing.buckets, edges, step, shape, x, xp)
-    places = places_of(mixing, step)
+    pooled = by_rows(rows, mixing.rows, step, shape, x, xp)
+    places = mixing.rows.places
 
     def backward(d_pooled):
         if not shares:
             return xp.zeros_like(x)
         share = xp.concat(shares, axis=-2)
-        turned, order = mixing.transposed
+        turned, order = mixing.turned
 
         def tokens(part):
             at = _index(part.real, x, xp)[..., None]
             own = gathered(share, places[order[part.entries]], xp)
-            d = gathered(d_pooled, turned.indices[part.entries], xp)
+            d = gathered(d_pooled, part.keys, xp)
             # share o d: 0 NaN is NaN, so what has no share is left out
             return xp.sum(xp.where(at & (own != 0), own * d, xp.zeros_like(d)), axis=-2, dtype=x.dtype)
 
         full = (*lead, x.shape[-2], width)
-        d_x = by_rows(tokens, mixing.transposed_buckets, turned.indices, step, full, x, xp)
+        d_x = by_rows(tokens, turned, step, full, x, xp)
         return _arrays.unbroadcast(d_x, tuple(x.shape), xp)
 
     return pooled, backward
@@ -173,12 +168,12 @@ def pool(x, visible, mixing, kind, xp):
 
 def _chosen(values, met, part, rep, kind, xp):
     """The one entry of each region that stands for it: the first maximum per channel, or the representative."""
-    place = xp.reshape(xp.arange(part.index.shape[-1], device=_arrays.device(values)), (-1, 1))
+    place = xp.reshape(xp.arange(part.keys.shape[-1], device=_arrays.device(values)), (-1, 1))
     if kind == "max":
         values = xp.where(met, values, xp.full_like(values, -math.inf))
         return (xp.argmax(values, axis=-2, keepdims=True) == place) & met
     # the last that is met and not behind the representative, else the first that is met; rows are sorted
-    before = met & _index((part.index <= rep[part.rows, None])[..., None], values, xp)
+    before = met & _index((part.keys <= rep[part.rows, None])[..., None], values, xp)
     last = xp.max(xp.where(before, place, xp.full_like(place, -1)), axis=-2, keepdims=True)
     first = xp.argmax(xp.astype(met, xp.int32), axis=-2, keepdims=True)
     return (xp.where(last < 0, first, last) == place) & met
@@ -187,44 +182,13 @@ def _chosen(values, met, part, rep, kind, xp):
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
-class Part:
-    """Some rows of a bucket: their numbers, the entries they list (`index`, filled up), where these stand, and which
-    are real."""
-
-    def __init__(self, rows, entries, real, indices):
-        self.rows, self.entries, self.real, self.index = rows, entries, real, indices[entries]
-
-
-def parts_of(buckets, indices, width):
-    """Parts of at most GATHERED numbers."""
-    if indices.size == 0:
-        return
-    for bucket in buckets:
-        n_rows, n_entries = bucket.entries.shape
-        at_once = max(1, GATHERED // max(1, width * n_entries))
-        for first in range(0, n_rows, at_once):
-            some = slice(first, first + at_once)
-            yield Part(bucket.rows[some], bucket.entries[some], bucket.real[some], indices)
-
-
-def by_rows(function, buckets, indices, width, shape, like, xp):
-    """`function` of each part, (..., rows, C), put together in the order of the rows."""
-    parts = [(part.rows, function(part)) for part in parts_of(buckets, indices, width)]
+def by_rows(function, rows, width, shape, like, xp):
+    """`function` of each part, (..., rows, C), put together in the order of the rows; `width` numbers an entry."""
+    parts = [function(part) for part in rows.parts(GATHERED // max(1, width))]
     if not parts:
         return xp.zeros(shape, dtype=like.dtype, device=_arrays.device(like))
-    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-    y = xp.concat([xp.broadcast_to(y, (*shape[:-2], *y.shape[-2:])) for _, y in parts], axis=-2)
-    return xp.take(y, _index(order, like, xp), axis=-2)
-
-
-def places_of(mixing, width):
-    """Where each edge stands among the entries of all parts, one behind the other."""
-    places, first = np.zeros(max(1, mixing.edges.indices.size), np.int64), 0
-    for part in parts_of(mixing.buckets, mixing.edges.indices, width):
-        at = first + np.arange(part.entries.size).reshape(part.entries.shape)
-        places[part.entries[part.real]] = at[part.real]
-        first += part.entries.size
-    return places
+    y = xp.concat([xp.broadcast_to(y, (*shape[:-2], *y.shape[-2:])) for y in parts], axis=-2)
+    return xp.take(y, _index(rows.order, like, xp), axis=-2)
 
 
 def gathered(x, index, xp):
@@ -271,7 +235,7 @@ def _concat(parts, axis, xp):
 
 def _index(array, like, xp):
     """A NumPy array of indices or flags on the device of `like`."""
-    return xp.asarray(np.array(array), device=_arrays.device(like))
+    return xp.asarray(array.copy(), device=_arrays.device(like))
 
 
 def _flat(x, lead, xp):

@@ -4,7 +4,7 @@
     out[t]  = sum_j p[t, j] v[j]              a query that meets nothing: 0
     pooled[r] = maximum, mean or representative of the tokens that region r meets; 0 if it meets none
 
-Who meets whom is a `mixing` (engines/mixing.py): blocks, which are batched products, or lists of edges (_edges.py). A
+Who meets whom is a `mixing` (plans/mixing.py): blocks, which are batched products, or lists of edges (_edges.py). A
 source of keys is (k, v, visible or None, bias or None). Entries beyond the end of an axis are filled in and hidden.
 """
 

@@ -14,7 +14,7 @@ Entries beyond the end of an axis do not exist; whoever runs a block leaves them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -140,25 +140,69 @@ def listed(owners: Ints, indices: Ints, n_rows: int) -> Edges:
     return Edges(indptr, np.ascontiguousarray(indices[order], np.int64))
 
 
-class Bucket(NamedTuple):
-    """Rows of like length, filled up to one width: `entries` are places in the list, `real` which of them exist."""
+class Part(NamedTuple):
+    """Some rows of like length, filled up to one width: their numbers, where their entries stand in the list, which of
+    these are real, and what they list."""
 
     rows: Ints
     entries: Ints
     real: NDArray[np.bool_]
+    keys: Ints
+
+    def some(self, which: slice) -> Part:
+        return Part(self.rows[which], self.entries[which], self.real[which], self.keys[which])
 
 
-def bucketed(edges: Edges) -> list[Bucket]:
-    """The rows by length, each filled up to a power of two: at most twice the entries."""
-    lengths = edges.lengths
-    widths = np.where(lengths > 0, 1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), 1)
-    buckets = []
-    for width in np.unique(widths):
-        rows_of = np.flatnonzero(widths == width)
-        place = np.arange(width)
-        real = place < lengths[rows_of, None]
-        buckets.append(Bucket(rows_of, np.where(real, edges.indptr[rows_of, None] + place, 0), real))
-    return buckets
+class Rows:
+    """The rows of a list by their length, each filled up to a power of two: at most twice the entries.
+
+    Attributes
+    ----------
+    edges : Edges
+    order : array of int
+        Puts the rows, in the order in which the parts have them, into that of the list.
+    places : array of int
+        Where each edge stands among the entries of all parts, one behind the other.
+    """
+
+    def __init__(self, edges: Edges) -> None:
+        self.edges = edges
+
+    @cached_property
+    def _buckets(self) -> list[Part]:
+        edges, lengths = self.edges, self.edges.lengths
+        if edges.indices.size == 0:
+            return []
+        widths = np.where(lengths > 0, 1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), 1)
+        buckets = []
+        for width in np.unique(widths):
+            rows_of = np.flatnonzero(widths == width)
+            place = np.arange(width)
+            real = place < lengths[rows_of, None]
+            entries = np.where(real, edges.indptr[rows_of, None] + place, 0)
+            buckets.append(Part(rows_of, entries, real, edges.indices[entries]))
+        return buckets
+
+    def parts(self, most: int) -> Iterator[Part]:
+        """Parts of at most `most` entries, or of one row."""
+        for bucket in self._buckets:
+            n_rows, n_entries = bucket.entries.shape
+            at_once = max(1, most // n_entries)
+            for first in range(0, n_rows, at_once):
+                yield bucket.some(slice(first, first + at_once))
+
+    @cached_property
+    def order(self) -> Ints:
+        return np.argsort(np.concatenate([bucket.rows for bucket in self._buckets]))
+
+    @cached_property
+    def places(self) -> Ints:
+        places, first = np.zeros(max(1, self.edges.indices.size), np.int64), 0
+        for bucket in self._buckets:
+            at = first + np.arange(bucket.entries.size).reshape(bucket.entries.shape)
+            places[bucket.entries[bucket.real]] = at[bucket.real]
+            first += bucket.entries.size
+        return places
 
 
 class Mixing:
@@ -203,13 +247,12 @@ class Mixing:
         return None if self._rep is None else self._rep()
 
     @cached_property
-    def buckets(self) -> list[Bucket]:
-        return bucketed(self.edges)
+    def rows(self) -> Rows:
+        """The edges, query by query."""
+        return Rows(self.edges)
 
     @cached_property
-    def transposed(self) -> tuple[Edges, Ints]:
-        return self.edges.transposed(sum(self.n_keys))
-
-    @cached_property
-    def transposed_buckets(self) -> list[Bucket]:
-        return bucketed(self.transposed[0])
+    def turned(self) -> tuple[Rows, Ints]:
+        """The edges key by key, each with its query, and where each of them stands in `edges`."""
+        edges, order = self.edges.transposed(sum(self.n_keys))
+        return Rows(edges), order

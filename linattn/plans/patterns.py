@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from linattn.engines.mixing import ALL, FROM, GROUPS_NOT, GROUPS_UPTO, NOT, UPTO, Block, columns, rows, shared
+from linattn.plans.mixing import ALL, FROM, GROUPS_NOT, GROUPS_UPTO, NOT, UPTO, Block, columns, rows, shared
 
 REGIONS = 1  # the source of keys that are regions; 0: tokens
 

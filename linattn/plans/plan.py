@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from linattn import _checks
-from linattn.engines.mixing import Edges, Ints, Mixing, listed
-from linattn.engines.patterns import BUILDERS, Builder
+from linattn.plans.mixing import Edges, Ints, Mixing, listed
+from linattn.plans.patterns import BUILDERS, Builder
 
 SIZES = {
     "fixed": "span",
