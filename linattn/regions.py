@@ -196,7 +196,7 @@ class _Call:
             _checks.positive_real("scale", scale)
         self.like = first
         dtype = _arrays.accumulator(first, self.xp)
-        self.wide = [_arrays.cast(_arrays.plain(x), dtype, self.xp) for x in arrays.values()]
+        self.wide = [_arrays.row_major(_arrays.cast(_arrays.plain(x), dtype, self.xp)) for x in arrays.values()]
         n_channels = of_tokens.get("k", first).shape[-1]
         scale = float(scale) if scale is not None else max(n_channels, 1) ** -0.5
         options = engine.Options(pool, bool(size_bias), "self", scale, key_mask)
@@ -212,7 +212,7 @@ class _Call:
 
     def cotangent(self, name: str, d_x: Array, of: str, y: Array) -> Array:
         _checks.cotangent(name, d_x, of, tuple(y.shape), self.like)
-        return _arrays.cast(_arrays.plain(d_x), y.dtype, self.xp)
+        return _arrays.row_major(_arrays.cast(_arrays.plain(d_x), y.dtype, self.xp))
 
     def centred(self, v: Array) -> Array:
         return engine.centred(v, self.regions.options.key_mask, self.xp)

@@ -95,6 +95,11 @@ def backends_of(attend):
     return [backend for backend in CPU if has_room(backend, engine_of(attend))]
 
 
+def backends_of_steps(attend):
+    """Combiner's streams are the reference room's."""
+    return ["reference"] if isinstance(attend, la.Combiner) else backends_of(attend)
+
+
 BACKENDS = [backend for backend in CPU if has_room(backend, "linear")]
 CHUNKS = [import_module("linattn.backends.reference.linear").CHUNK]
 if "numba" in BACKENDS:
@@ -153,13 +158,8 @@ VALUES = [
     la.LLN(calibration=(0.3, -0.1), scope="head", statistics="differentiated"),
     la.LLNDiag(block=4),
     la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
-    la.Combiner(span=4),
-    la.Combiner("logsparse", size_bias=True),
-    la.Combiner("axial_vertical", width=4),
-    la.Combiner("axial_horizontal", width=3, pool="mean"),
-    la.Combiner("axial_rowmajor", width=4, row_key="wsum", scale=0.25),
-    la.Combiner("mixture", width=4),
-    la.Combiner("mixture", width=4, mix="joint"),
+    la.Combiner(span=4),  # the other patterns: test_combiner.py
+    la.Combiner("mixture", width=4, pool="mean", size_bias=True, scale=0.4),
 ]
 MAIN = [
     la.Linear(),
@@ -184,8 +184,13 @@ def is_cosformer(attend):
     return isinstance(attend, la.CosFormer)
 
 
+def is_combiner(attend):
+    return isinstance(attend, la.Combiner)
+
+
 def has_blocks(attend):
-    return isinstance(attend, la.LLNDiag)
+    """Whether positions of queries are those of keys: N == M, and a hidden key keeps its place."""
+    return isinstance(attend, (la.LLNDiag, la.Combiner))
 
 
 def reads_the_call(attend):
@@ -210,10 +215,6 @@ def can_be_causal(attend):
 def is_elementary(attend):
     """Linear and CosFormer on plain features: with a formula for their states, and a proved bound for each entry."""
     return isinstance(attend, (la.Linear, la.CosFormer)) and engine_of(attend) == "linear"
-
-
-def is_combiner(attend):
-    return isinstance(attend, la.Combiner)
 
 
 def is_distribution(attend):
@@ -257,8 +258,6 @@ class Case:
         if is_cosformer(self.attend):
             return self.attend.length is not None or not (self.causal or self.masked or self.moved)
         if has_blocks(self.attend) and self.n != self.m:
-            return False
-        if is_combiner(self.attend) and (self.n != self.m or (self.attend.mix == "joint" and not self.causal)):
             return False
         return not self.moved and not (self.causal and reads_the_call(self.attend))
 
@@ -316,20 +315,21 @@ MAIN_CASES = [case for case in CASES if case.attend in MAIN]
 CAUSAL_CASES = [case for case in CASES if case.causal and not case.packed]
 
 
-def on_backends(cases):
+def on_backends(cases, backends=backends_of):
     """Parameters `case, backend`."""
-    return [
-        pytest.param(case, backend, id=f"{backend} {case}") for case in cases for backend in backends_of(case.attend)
-    ]
+    return [pytest.param(case, backend, id=f"{backend} {case}") for case in cases for backend in backends(case.attend)]
 
 
-def values_on_backends(values):
+def values_on_backends(values, backends=backends_of):
     """Parameters `attend, backend`."""
     return [
-        pytest.param(attend, backend, id=f"{backend} {attend!r}")
-        for attend in values
-        for backend in backends_of(attend)
+        pytest.param(attend, backend, id=f"{backend} {attend!r}") for attend in values for backend in backends(attend)
     ]
+
+
+def streams_on_backends(values):
+    """Likewise, for those that take steps."""
+    return values_on_backends(values, backends_of_steps)
 
 
 # -- states by their formula ------------------------------------------------------------------------------------

@@ -92,7 +92,11 @@ def weights_of(
         for pair in ((scores, far), (direct, used))
     )
     p = masked_softmax(both, seen)
-    return p[..., :n] + p[..., n:] @ pi
+    bad = ~np.isfinite(pi)
+    weights = p[..., :n] + p[..., n:] @ np.where(bad, 0, pi)
+    if not bad.any():
+        return weights
+    return np.where((used.astype(float) @ bad) > 0, np.nan, weights)  # those spoil the rows that use their region
 
 
 def masked_softmax(scores: Array, seen: Mask) -> Array:

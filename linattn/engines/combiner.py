@@ -188,7 +188,7 @@ def backward(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """d_q, d_k, d_v."""
     wide = widened(q, k, v, xp)
-    g = _arrays.cast(d_out, wide[0].dtype, xp)
+    g = _arrays.row_major(_arrays.cast(d_out, wide[0].dtype, xp))
     if len(plans) > 1:
         g = g / len(plans)
     total: list[Array] | None = None
@@ -218,5 +218,5 @@ def weights(q: Array, k: Array, plans: tuple[Plan, ...], options: Options, xp: A
 
 def widened(q: Array, k: Array, v: Array, xp: Any) -> tuple[Array, Array, Array]:
     dtype = _arrays.accumulator(q, xp)
-    q, k, v = (_arrays.cast(x, dtype, xp) for x in (q, k, v))
+    q, k, v = (_arrays.row_major(_arrays.cast(x, dtype, xp)) for x in (q, k, v))
     return q, k, v

@@ -247,7 +247,7 @@ class Grid(Stream):
         return back
 
     def fault(self, n_earlier: int, n_later: int) -> str | None:
-        if n_earlier % self.width == 0:
+        if n_earlier % self.width == 0 or n_later == 0:
             return None
         return f"the earlier one must end with a row of {self.width} tokens, got {n_earlier} tokens"
 
@@ -255,8 +255,8 @@ class Grid(Stream):
         xp, w = self.xp, self.width
         (a, marks_a), (b, marks_b) = self.opened(earlier), self.opened(later)
         n_a, n_b = self.n_tokens(earlier), self.n_tokens(later)
-        held = {name: append(a[name], b[name], xp, -2) for name in a if name not in ("q", "rho")}
-        held |= {"q": b["q"], "rho": b["rho"] if n_a < w else a["rho"]}
+        held = {name: append(a[name], b[name], xp, -2) for name in a if name != "rho"}
+        held["rho"] = b["rho"] if n_a < w else a["rho"]
         marks = {name: append(x, marks_b[name], xp, -1) for name, x in marks_a.items() if name != "visible"}
         marks["visible"] = visible_so_far(marks_a["visible"], marks_b["visible"], a["k"], b["k"], xp)
         if "column" in self.kinds and n_a >= w and n_b >= w:

@@ -114,7 +114,7 @@ class Stream:
     ) -> tuple[Array | None, CombinerState, Callable[..., Any]]:
         """out (None without tokens), the state behind, and backward(d_out, d_arrays) -> (d_q, d_k, d_v), d_arrays."""
         xp, n_tokens, before = self.xp, q.shape[-2], self.n_tokens(arrays)
-        wide = [_arrays.cast(x, arrays.u.dtype, xp) for x in (q, k, v)]
+        wide = [_arrays.row_major(_arrays.cast(x, arrays.u.dtype, xp)) for x in (q, k, v)]
         start, start_marks = held, marks = self.opened(arrays)
         edges = [0]
         outs: list[Array] = []
@@ -135,7 +135,7 @@ class Stream:
                 d_held = {name: xp.zeros_like(x) for name, x in end.items()}
             else:
                 d_held = self.opened(d_arrays)[0]
-            d_out = _arrays.cast(d_out, arrays.u.dtype, xp)
+            d_out = _arrays.row_major(_arrays.cast(d_out, arrays.u.dtype, xp))
             parts: list[list[Array]] = []
             for back, first, last in reversed(list(zip(backs, edges[:-1], edges[1:], strict=True))):
                 d_own, d_held = back(d_out[..., first:last, :], d_held)

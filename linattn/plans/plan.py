@@ -82,6 +82,8 @@ class Plan:
 
     n: int
     n_regions: int
+    main: Mixing  # queries over tokens and regions; made at once: a compiler does not trace through a cached property
+    local: Mixing  # regions over their members
     _key: tuple[Any, ...]
 
     def __init__(
@@ -106,6 +108,8 @@ class Plan:
         self.__dict__.update(direct=direct, members=members, users=users, rep=rep)
         arrays = (*direct, *members, *users, *(() if rep is None else (rep,)))
         self._key = (self.n, rep is None, *(x.tobytes() for x in arrays))
+        self.main = Mixing(self.n, (self.n, self.n_regions), None, lambda: _side_by_side(direct, users, self.n))
+        self.local = Mixing(self.n_regions, (self.n,), None, lambda: members, lambda: rep)
 
     @staticmethod
     def pattern(name: str, n: int, *, size: int | None = None, causal: bool = False) -> Plan:
@@ -159,16 +163,6 @@ class Plan:
     def has_empty(self) -> bool:
         """Whether a region may have no member."""
         return bool(np.any(self.members.lengths == 0))
-
-    @cached_property
-    def main(self) -> Mixing:
-        """Queries over tokens and regions."""
-        return Mixing(self.n, (self.n, self.n_regions), None, lambda: _side_by_side(self.direct, self.users, self.n))
-
-    @cached_property
-    def local(self) -> Mixing:
-        """Regions over their members."""
-        return Mixing(self.n_regions, (self.n,), None, lambda: self.members, lambda: self.rep)
 
     # -- what follows from them -----------------------------------------------------------------------------------
 
@@ -279,6 +273,8 @@ class PatternPlan(Plan):
         self.n_regions = build.n_regions
         self._direct, self._users, self._members = (tuple(x) for x in (build.direct, build.users, build.members))
         self._represented = build.represented
+        self.main = Mixing(n, (n, self.n_regions), self._direct + self._users)
+        self.local = Mixing(self.n_regions, (n,), self._members, None, lambda: self.rep)
 
     @property
     def has_rep(self) -> bool:
@@ -288,14 +284,6 @@ class PatternPlan(Plan):
     def has_empty(self) -> bool:
         _, n, size, causal = self._key
         return not causal and size is not None and n % size != 0
-
-    @cached_property
-    def main(self) -> Mixing:
-        return Mixing(self.n, (self.n, self.n_regions), self._direct + self._users)
-
-    @cached_property
-    def local(self) -> Mixing:
-        return Mixing(self.n_regions, (self.n,), self._members, None, lambda: self.rep)
 
     @cached_property
     def direct(self) -> Edges:

@@ -179,7 +179,7 @@ def copy_row(x, out):
 
 
 @helper
-def scores(x, k, k_at, kappa, kappa_at, bias, bias_at, biased, keys, first, n, scale, numbers, s):
+def scores_of_keys(x, k, k_at, kappa, kappa_at, bias, bias_at, biased, keys, first, n, scale, numbers, s):
     """The weights of a query's keys, not yet divided by their sum, and the sum; `numbers` is scratch, two of them."""
     D, own, out, listed = x.size, pointer(x), pointer(s), pointer(keys)
     dots_with_rows(0, first, D, own, 0, 0, pointer(k), k_at, 0, listed, 0, 0, out, 0, 0)
@@ -227,7 +227,7 @@ def attend_kernel(salt):
                 y = out[at : at + E]
                 clear(y)
                 x = q[q_at + t * D : q_at + (t + 1) * D]
-                total = scores(x, k, k_at, kappa, kappa_at, bias, bias_at, biased, keys, m, n, scale, two, s)
+                total = scores_of_keys(x, k, k_at, kappa, kappa_at, bias, bias_at, biased, keys, m, n, scale, two, s)
                 if total != 0:
                     add_weighted_rows(0, m, E, pointer(s), 0, 0, pointer(v), v_at, 0, listed, 0, 0, pointer(y), 0, 0)
                     add_weighted_rows(m, n, E, pointer(s), 0, 0, pointer(u), u_at, 0, listed, 0, 0, pointer(y), 0, 0)
@@ -274,7 +274,7 @@ def attend_back_kernel(salt):
                 y = d_q[at : at + D]
                 clear(y)
                 x, g = q[q_at + t * D : q_at + (t + 1) * D], d_out[g_at + t * E : g_at + (t + 1) * E]
-                total = scores(x, k, k_at, kappa, kappa_at, bias, bias_at, biased, keys, m, n, scale, two, s)
+                total = scores_of_keys(x, k, k_at, kappa, kappa_at, bias, bias_at, biased, keys, m, n, scale, two, s)
                 if total == 0:
                     continue
                 p, ds = s[:n], dp[:n]

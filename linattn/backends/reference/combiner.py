@@ -191,7 +191,7 @@ def view(x, of, xp, fill=0.0):
     if of.shared:
         return x[..., None, of.start : of.start + of.size, :]
     need = of.groups * of.step if of.in_rows else of.size * of.stride
-    part = x[..., of.start : of.start + need, :]
+    part = x[..., of.start : min(of.start + need, x.shape[-2]), :]
     if need > part.shape[-2]:
         part = xp.concat([part, _full(part, need - part.shape[-2], fill, xp)], axis=-2)
     if of.in_rows:
@@ -208,7 +208,8 @@ def place(x, of, n, xp, fill=0.0):
     behind = inner - of.first - x.shape[-2]
     pieces = [_full(x, of.first, fill, xp), x, _full(x, behind, fill, xp)]
     x = xp.concat([piece for piece in pieces if piece is not None], axis=-2)
-    x = xp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]))[..., : n - of.start, :]
+    length = x.shape[-3] * x.shape[-2]
+    x = xp.reshape(x, (*x.shape[:-3], length, x.shape[-1]))[..., : min(n - of.start, length), :]
     pieces = [_full(x, of.start, fill, xp), x, _full(x, n - of.start - x.shape[-2], fill, xp)]
     return xp.concat([piece for piece in pieces if piece is not None], axis=-2)
 
