@@ -134,7 +134,7 @@ class Plan:
         if size is not None:
             _checks.natural("size", size)
         elif name != "logsparse":
-            size = default_size(n)
+            size = default_size(int(n))
         return _pattern(name, int(n), None if size is None else int(size), bool(causal))
 
     # -- the lists ------------------------------------------------------------------------------------------------

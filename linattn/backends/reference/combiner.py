@@ -169,7 +169,9 @@ def _pool_block(x, visible, block, kind, xp):
         y = _scans.pooled_sum(xp.where(there, members, xp.zeros_like(members)), rule, xp) * share
         back = lambda d: _scans.pooled_sum_vjp(d * share, rule, xp)  # noqa: E731
     else:
-        y, saved = _scans.standing_in(members, there, xp)
+        lead = _arrays.broadcast_shapes(tuple(members.shape[:-1]), tuple(there.shape[:-1]))
+        all_members, all_there = (xp.broadcast_to(a, (*lead, a.shape[-1])) for a in (members, there))
+        y, saved = _scans.standing_in(all_members, all_there, xp)
         back = lambda d: _scans.standing_in_vjp(d, saved, xp)  # noqa: E731
     y = xp.where(empty, xp.zeros_like(y), y)
 
