@@ -499,7 +499,7 @@ BAD = {
     "unknown": (
         {"pattern": "spiral"},
         ValueError,
-        r"`pattern` must be one of 'fixed', 'logsparse', .*'axial_horizontal', 'axial_rowmajor', 'mixture', got 'spiral'",
+        r"`pattern` must be one of 'fixed', 'logsparse', 'axial_vertical', .*, 'mixture', got 'spiral'",
     ),
     "type": ({"pattern": 3}, TypeError, r"`pattern` must be one of .*got 3"),
     "width of fixed": ({"width": 4}, ValueError, r"`Combiner` of 'fixed' must not be given width=4: it has no width"),
