@@ -77,10 +77,10 @@ def test_every_pattern_is_its_definition(name, causal, backend, rng):
     grids = [(1, 2), (2, 4), (5, 3), (8, 4), (9, 2), (12, 4), (14, 5), (17, None)]
     for i, (n, size) in enumerate(grids):
         attend = WIDE[name](size, pool=("max", "mean")[i % 2], size_bias=i % 3 == 0, scale=(None, 0.7)[i % 2])
-        masks = [None, rng.random(n) > 0.5, rng.random((2, n)) > 0.4, rng.random(n) > 0.3]
-        for lead, mask in zip(
-            (LEADS[i % 4], LEADS[i % 4 - 1]), (masks[i // 2 % 4], masks[i // 2 % 4 - 1]), strict=True
-        ):
+        for j in (0, 1):
+            lead = LEADS[i % 4 - j]
+            shape = (None, (n,), (np.broadcast_shapes(*lead)[-1], n))[(i // 2 + j) % 3]
+            mask = None if shape is None else rng.random(shape) > 0.4
             options = {"causal": causal} | ({} if mask is None else {"key_mask": mask})
             agrees(attend, draw(rng, n, lead, ties=i % 4 > 1), rng, backend, **options)
 

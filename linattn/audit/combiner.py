@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 __all__ = ["DensePlan", "combiner", "dense_plan", "plans_of"]
 
@@ -52,51 +52,49 @@ def combiner(
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
     plans = plans_of(pattern, q.shape[-2], span or width, pairs.causal, mix)
-    weights = [weights_of(q, k, plan, pairs.key_mask, pool, size_bias, row_key, scale) for plan in plans]
-    return np.sum(weights, axis=0)[..., pairs.t, :] / len(weights)
+    weights = [weights_of(q, k, plan, pairs, pool, size_bias, row_key, scale) for plan in plans]
+    return np.sum(weights, axis=0) / len(weights)
 
 
 def weights_of(
-    q: Array, k: Array, plan: DensePlan, key_mask: ArrayLike | None,
-    pool: str, size_bias: bool, row_key: str, scale: float,
-) -> Array:  # fmt: skip
-    """A of one plan."""
-    n = q.shape[-2]
-    mask = np.ones(n, bool) if key_mask is None else np.asarray(key_mask)
-    direct, members = plan.direct & mask[..., None, :], plan.members & mask[..., None, :]
-    size = members.sum(axis=-1)
-    used = plan.users & (size > 0)[..., None, :]
-
-    local, kappa = [], []
-    for r in range(plan.members.shape[0]):
-        own = members[..., r, :]
+    q: Array, k: Array, plan: DensePlan, pairs: Any, pool: str, size_bias: bool, row_key: str, scale: float
+) -> Array:
+    """A of one plan; what is not visible is never looked at, so that it spoils nothing."""
+    n, t = q.shape[-2], pairs.t
+    mask = np.ones(n, bool) if pairs.key_mask is None else np.asarray(pairs.key_mask)
+    local, kappa, size = [], [], []
+    regions = np.flatnonzero(plan.members.any(axis=-1))
+    for r in regions:
+        s = np.flatnonzero(plan.members[r])
+        own, q_r, k_r = mask[..., s], q[..., s, :], k[..., s, :]
         if plan.rep is not None:
-            rho_r, kappa_r = (taken(x, standing_in(plan.rep[r], own)) for x in (q, k))
+            rho, kappa_r = (taken(x, standing_in(plan.rep[r], own, s)) for x in (q_r, k_r))
         else:
-            rho_r, kappa_r = (pooled(x, own, pool) for x in (q, k))
-        pi = masked_softmax(scale * (k @ rho_r[..., None])[..., 0], own)
-        local.append(pi)
+            rho, kappa_r = (pooled(x, own, pool) for x in (q_r, k_r))
+        pi = masked_softmax(scale * (k_r @ rho[..., None])[..., 0], own)
         if row_key == "wsum":
-            kappa_r = (pi[..., None, :] @ k)[..., 0, :]
+            kappa_r = (pi[..., None, :] @ k_r)[..., 0, :]
+        local.append((s, pi))
         kappa.append(kappa_r)
+        size.append(own.sum(axis=-1))
 
-    scores = scale * (q @ np.swapaxes(k, -1, -2))
+    scores, seen = scale * (q[..., t, :] @ np.swapaxes(k, -1, -2)), plan.direct[t] & mask[..., None, :]
     if not local:
-        return masked_softmax(scores, direct)
-    pi, kappa_all = stacked(local), stacked(kappa)
-    bias = np.log(np.where(size > 0, size, 1)) if size_bias else np.zeros(size.shape)
-    far = scale * (q @ np.swapaxes(kappa_all, -1, -2)) + bias[..., None, :]
-    lead = np.broadcast_shapes(scores.shape[:-2], far.shape[:-2], direct.shape[:-2])
-    both, seen = (
+        return masked_softmax(scores, seen)
+    sizes = np.stack(size, axis=-1)
+    used = plan.users[np.ix_(t, regions)] & (sizes > 0)[..., None, :]
+    bias = np.log(np.where(sizes > 0, sizes, 1)) if size_bias else np.zeros(sizes.shape)
+    far = scale * (q[..., t, :] @ np.swapaxes(stacked(kappa), -1, -2)) + bias[..., None, :]
+    lead = np.broadcast_shapes(scores.shape[:-2], far.shape[:-2], seen.shape[:-2])
+    both, allowed = (
         np.concatenate([np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in pair], axis=-1)
-        for pair in ((scores, far), (direct, used))
+        for pair in ((scores, far), (seen, used))
     )
-    p = masked_softmax(both, seen)
-    bad = ~np.isfinite(pi)
-    weights = p[..., :n] + p[..., n:] @ np.where(bad, 0, pi)
-    if not bad.any():
-        return weights
-    return np.where((used.astype(float) @ bad) > 0, np.nan, weights)  # those spoil the rows that use their region
+    p = masked_softmax(both, allowed)
+    weights = p[..., :n].copy()
+    for r, (s, pi) in enumerate(local):
+        weights[..., s] += np.where(used[..., r, None], p[..., n + r, None] * pi[..., None, :], 0)
+    return weights
 
 
 def masked_softmax(scores: Array, seen: Mask) -> Array:
@@ -120,11 +118,11 @@ def pooled(x: Array, own: Mask, pool: str) -> Array:
     return np.where(np.any(own, axis=-1, keepdims=True), np.take_along_axis(x, index, axis=-2)[..., 0, :], 0)
 
 
-def standing_in(rep: int, own: Mask) -> Array:
-    """The last of `own` that is not behind `rep`, else its first: (...)."""
-    s = np.arange(own.shape[-1])
+def standing_in(rep: int, own: Mask, s: NDArray[np.int_]) -> Array:
+    """Of the tokens s, where `own`: the place of the last that is not behind `rep`, else of the first: (...)."""
     before = own & (s <= rep)
-    return np.where(before.any(axis=-1), np.max(np.where(before, s, 0), axis=-1), np.argmax(own, axis=-1))
+    place = np.arange(s.size)
+    return np.where(before.any(axis=-1), np.max(np.where(before, place, 0), axis=-1), np.argmax(own, axis=-1))
 
 
 def taken(x: Array, index: Array) -> Array:
