@@ -1,8 +1,9 @@
 """A copy at a distance: one layer must name at the end a marked symbol seen long before.
 
-N tokens are random symbols; one of them, far outside the last span, is marked, and the last token has to say which symbol it
-was. The layer (embedding -> q, k, v, attention, read-out) is trained by Adam with the backwards of the library. Attention inside
-spans never meets the marked token, however long it learns; Combiner has the same spans and one summary of each of the others.
+N tokens are random symbols; one of them, far outside the last span, is marked, and the last token has to say which
+symbol it was. The layer (embedding -> q, k, v, attention, read-out) is trained by Adam with the backwards of the library.
+Attention inside spans never meets the marked token, however long it learns; Combiner has the same spans and one summary
+of each of the others.
 
     python examples/combiner_copy.py [--small] [--out FILE.png]
 """
@@ -16,7 +17,7 @@ import numpy as np
 import linattn as la
 
 SYMBOLS, CHANNELS, BATCH = 8, 16, 64
-RATE = 0.03
+RATE = 0.01
 
 
 class Spans:
@@ -36,7 +37,6 @@ def attentions(span):
         "softmax in spans": Spans(span),
         "Combiner, fixed": la.Combiner("fixed", span=span),
         "Combiner, logsparse": la.Combiner("logsparse"),
-        "Combiner, axial_vertical": la.Combiner("axial_vertical", width=span),
         "Combiner, axial_rowmajor": la.Combiner("axial_rowmajor", width=span),
     }
 
@@ -74,7 +74,11 @@ def forward(attend, weights, tokens):
 def train(attend, n_tokens, span, n_steps, seed=0):
     """The weights after n_steps of Adam on the cross entropy."""
     rng = np.random.default_rng(seed)
-    shapes = {"embedding": (2 * SYMBOLS, CHANNELS), "read": (CHANNELS, SYMBOLS), **dict.fromkeys("qkv", (CHANNELS, CHANNELS))}
+    shapes = {
+        "embedding": (2 * SYMBOLS, CHANNELS),
+        "read": (CHANNELS, SYMBOLS),
+        **dict.fromkeys("qkv", (CHANNELS, CHANNELS)),
+    }
     weights = {name: rng.normal(size=shape) / shape[0] ** 0.5 for name, shape in shapes.items()}
     mean, square = ({name: np.zeros_like(w) for name, w in weights.items()} for _ in range(2))
     for step in range(1, n_steps + 1):
@@ -114,7 +118,7 @@ def main():
     parser.add_argument("--small", action="store_true", help="few tokens and steps")
     parser.add_argument("--out", metavar="FILE.png", help="draw the figure")
     arguments = parser.parse_args()
-    n_tokens, span, n_steps, count = (48, 6, 30, 64) if arguments.small else (128, 8, 300, 512)
+    n_tokens, span, n_steps, count = (48, 6, 60, 64) if arguments.small else (128, 8, 400, 512)
     distances = [span, n_tokens // 4, n_tokens // 2, n_tokens - 1]
     print(f"share named right, {n_tokens} tokens, spans of {span}; guessing gives {1 / SYMBOLS}")
     print(f"  {'distance':26}" + "".join(f"{d:8}" for d in distances))
