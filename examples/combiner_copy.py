@@ -1,7 +1,7 @@
 """A copy at a distance: one layer must name at the end a marked symbol seen long before.
 
 N tokens are random symbols; one of them, far outside the last span, is marked, and the last token has to say which
-symbol it was. The layer (embedding -> q, k, v, attention, read-out) is trained by Adam with the backwards of the library.
+symbol it was. The layer (embedding -> q, k, v, attention, read-out) is trained by Adam with the library's backwards.
 Attention inside spans never meets the marked token, however long it learns; Combiner has the same spans and one summary
 of each of the others.
 

@@ -1,8 +1,8 @@
 """Combiner's patterns: what a query meets by itself and through regions, and the weights that come of it.
 
-For each pattern the table counts the pairs that a forward computes, beside those of exact softmax, and says how close its
-weights come to softmax's on Gaussian data. The picture shows for every query (rows) and key (columns) how it is met, and
-a head's weights.
+For each pattern the table counts the pairs that a forward computes, beside those of exact softmax, and says how close
+its weights come to softmax's on Gaussian data. The picture shows for every query (rows) and key (columns) how it is met
+and the weights of a head.
 
     python examples/combiner_patterns.py [--small] [--out FILE.png]
 """
