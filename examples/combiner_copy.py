@@ -16,7 +16,7 @@ import numpy as np
 
 import linattn as la
 
-SYMBOLS, CHANNELS, BATCH = 8, 16, 64
+SYMBOLS, CHANNELS, BATCH = 8, 16, 32
 RATE = 0.01
 
 
@@ -118,7 +118,7 @@ def main():
     parser.add_argument("--small", action="store_true", help="few tokens and steps")
     parser.add_argument("--out", metavar="FILE.png", help="draw the figure")
     arguments = parser.parse_args()
-    n_tokens, span, n_steps, count = (48, 6, 60, 64) if arguments.small else (128, 8, 400, 512)
+    n_tokens, span, n_steps, count = (48, 6, 60, 64) if arguments.small else (96, 8, 400, 512)
     distances = [span, n_tokens // 4, n_tokens // 2, n_tokens - 1]
     print(f"share named right, {n_tokens} tokens, spans of {span}; guessing gives {1 / SYMBOLS}")
     print(f"  {'distance':26}" + "".join(f"{d:8}" for d in distances))

@@ -64,7 +64,7 @@ def weights_of(
     mask = np.ones(n, bool) if pairs.key_mask is None else np.asarray(pairs.key_mask)
     local, kappa, size = [], [], []
     regions = np.flatnonzero(plan.members.any(axis=-1))
-    for r in regions:
+    for r in regions.tolist():
         s = np.flatnonzero(plan.members[r])
         own, q_r, k_r = mask[..., s], q[..., s, :], k[..., s, :]
         if plan.rep is not None:
