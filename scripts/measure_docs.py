@@ -106,7 +106,7 @@ def called(causal: bool) -> str:
 
 
 N_TOKENS, DIM = 100, 16  # of the Gaussian inputs
-SMALLER = {"performer": (52, 4), "lln": (52, 8)}  # whose definition takes R exponentials a pair
+SMALLER = {"performer": (52, 4), "lln": (52, 8), "combiner": (52, 8)}  # whose definition costs more a pair
 
 
 def size_of(attend: Any) -> tuple[int, int]:
