@@ -173,6 +173,8 @@ SOFTMAX = [
     *(("fixed", 1, n) for n in (1, 2, 7, 9)),
     *(("fixed", n, n) for n in (1, 5, 8)),
     ("fixed", 20, 7),
+    ("fixed", 10**15, 7),
+    ("average", 10**15, 7),
     *((name, 1, 7) for name in NAMES if name not in ("fixed", "logsparse")),
     *((name, size, 7) for name in NAMES if name not in ("fixed", "logsparse") for size in (7, 9)),
     ("axial_vertical", 4, 8),

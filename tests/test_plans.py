@@ -183,6 +183,7 @@ def test_a_pattern_prints_as_the_code_that_makes_it():
         assert pickle.loads(pickle.dumps(plan)) is plan
     assert repr(pattern("fixed", 9, 3, True)) == "Plan.pattern('fixed', 9, size=3, causal=True)"
     assert pattern("fixed", 100, None, True) == pattern("fixed", 100, 16, True) != pattern("fixed", 40, None, True)
+    assert pattern("fixed", 5, 10**15, True) is pattern("fixed", 5, 5, True)  # no more is laid out than there is
 
 
 def test_a_plan_and_its_edges_do_the_same(rng):

@@ -135,7 +135,9 @@ class Plan:
             _checks.natural("size", size)
         elif name != "logsparse":
             size = default_size(int(n))
-        return _pattern(name, int(n), None if size is None else int(size), bool(causal))
+        if size is not None:
+            size = max(1, min(int(size), int(n)))  # a longer row is the only one, however long
+        return _pattern(name, int(n), size, bool(causal))
 
     # -- the lists ------------------------------------------------------------------------------------------------
 
