@@ -164,7 +164,7 @@ def dense_of_lists(plan: Any) -> DensePlan:
 
 def dense_plan(pattern: str, n: int, size: int | None, causal: bool) -> DensePlan:
     """The plan of a pattern; `size` is its span or width, by default a power of two near sqrt(N)."""
-    w = size or 1 << (((n - 1).bit_length() + 1) // 2)
+    w = min(size or 1 << (((n - 1).bit_length() + 1) // 2), max(n, 1))
     t, s = np.arange(n)[:, None], np.arange(n)[None, :]
     past = (s <= t) if causal else np.ones((n, n), bool)
     if pattern == "logsparse":

@@ -95,6 +95,8 @@ class Plan:
         rep: Sequence[int] | None = None,
     ) -> None:
         _checks.natural("n", n, least=0)
+        for name, rows in (("direct", direct), ("members", members), ("users", users)):
+            _checked_rows(name, rows)
         lists = {
             "direct": (direct, n, n, "n"),
             "members": (members, None, n, "n"),
@@ -345,6 +347,14 @@ def _standing_in(rep: Ints, members: Edges) -> Ints:
     before = indices <= rep[owners]
     np.maximum.at(stand, owners[before], indices[before])
     return stand
+
+
+def _checked_rows(name: str, rows: Any) -> None:
+    if not isinstance(rows, (Sequence, np.ndarray)) or isinstance(rows, str):
+        raise TypeError(f"`{name}` must be a sequence of sequences of integers, got {type(rows).__name__}.")
+    for i, row in enumerate(rows):
+        if not isinstance(row, (Sequence, np.ndarray)) or isinstance(row, str):
+            raise TypeError(f"`{name}` must hold rows of integers, got {row!r} in row {i}.")
 
 
 def _checked_edges(name: str, lists: Any, n_rows: int | None, n_columns: int, limit: str) -> Edges:
