@@ -5,29 +5,34 @@ A mechanism is a small frozen value that is called on arrays; see `CosFormer`, `
 
 from __future__ import annotations
 
-from linattn import instruments
+from linattn import instruments, regions
 from linattn.backends.numba.threads import threads
 from linattn.engines.features import FeatureMap
 from linattn.mechanisms.attention import State
+from linattn.mechanisms.combiner import Combiner, combiner
 from linattn.mechanisms.cosformer import CosFormer, cosformer
 from linattn.mechanisms.linear import Linear, linear_attention
 from linattn.mechanisms.lln import LLN, LLNDiag, lln, lln_diag
 from linattn.mechanisms.performer import Performer, performer
 from linattn.mechanisms.softmax import Softmax, softmax_attention
+from linattn.plans.plan import Plan
 from linattn.projections import draw_projection
 from linattn.states import load_state, save_state
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Combiner",
     "CosFormer",
     "FeatureMap",
     "LLN",
     "LLNDiag",
     "Linear",
     "Performer",
+    "Plan",
     "Softmax",
     "State",
+    "combiner",
     "cosformer",
     "draw_projection",
     "instruments",
@@ -36,6 +41,7 @@ __all__ = [
     "lln_diag",
     "load_state",
     "performer",
+    "regions",
     "save_state",
     "softmax_attention",
     "threads",

@@ -60,8 +60,8 @@ def is_immutable(x: Array) -> bool:
 
 
 def row_major(x: Array) -> Array:
-    """`x` in C order: the same bits come of it then, however it lay, for a BLAS rounds by layout."""
-    return np.ascontiguousarray(x) if isinstance(x, np.ndarray) and x.ndim else x
+    """`x` in C order and aligned: the same bits come of it then, however it lay, for a BLAS rounds by layout."""
+    return np.require(x, requirements=["C", "A"]) if isinstance(x, np.ndarray) and x.ndim else x
 
 
 def is_read_only(x: Array) -> bool:

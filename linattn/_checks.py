@@ -106,6 +106,19 @@ def _same_tokens(k: Array, v: Array) -> None:
         raise ValueError(f"k and v must have the same number of tokens, got k {tuple(k.shape)} and v {tuple(v.shape)}.")
 
 
+def tokens(name: str, x: Array, of: str, n: int) -> None:
+    if x.shape[-2] != n:
+        raise ValueError(f"`{name}` must have {of} = {n} tokens, got shape {tuple(x.shape)}.")
+
+
+def summaries(name: str, x: Array, n_regions: int, width: int) -> None:
+    if tuple(x.shape[-2:]) != (n_regions, width):
+        raise ValueError(
+            f"`{name}` must have shape (..., R = {n_regions}, {width}), a row for each region of the plan, "
+            f"got {tuple(x.shape)}."
+        )
+
+
 # -- call options -----------------------------------------------------------------------------------------------
 
 

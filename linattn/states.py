@@ -17,10 +17,12 @@ import numpy as np
 
 from linattn import _arrays, _checks
 from linattn._arrays import FLOATS
+from linattn.engines.combiner_stream import CombinerState
 from linattn.engines.linear import LinearState
 from linattn.engines.loglinear import LogLinearState
 from linattn.engines.softmax import SoftmaxState
 from linattn.mechanisms.attention import State
+from linattn.mechanisms.combiner import Combiner
 from linattn.mechanisms.cosformer import CosFormer
 from linattn.mechanisms.linear import Linear
 from linattn.mechanisms.lln import LLN, LLNDiag, LLNDiagState
@@ -28,8 +30,8 @@ from linattn.mechanisms.performer import Performer
 from linattn.mechanisms.softmax import Softmax
 
 MAGIC, VERSION = "linattn state", 1
-MECHANISMS = {cls.__name__: cls for cls in (CosFormer, Linear, LLN, LLNDiag, Performer, Softmax)}
-KINDS = {cls.__name__: cls for cls in (LinearState, LLNDiagState, LogLinearState, SoftmaxState)}
+MECHANISMS = {cls.__name__: cls for cls in (Combiner, CosFormer, Linear, LLN, LLNDiag, Performer, Softmax)}
+KINDS = {cls.__name__: cls for cls in (CombinerState, LinearState, LLNDiagState, LogLinearState, SoftmaxState)}
 STORED = (*FLOATS, "bool", "int32")
 HEADER_LIMIT = 1 << 16
 

@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
@@ -42,6 +43,7 @@ ATTENDS = {
     "softmax": [la.Softmax()],
     "performer": [la.Performer(16), la.Performer(16, features="hyperbolic", norms="sqrt")],
     "lln": [la.LLN(alpha=2.0, beta=2.0), la.LLNDiag(alpha=2.0, beta=2.0)],
+    "combiner": [la.Combiner(span=16)],
 }
 EVERY = [attend for attends in ATTENDS.values() for attend in attends]
 TIMED = [*(attend for attend in EVERY if not isinstance(attend, la.Performer)), la.Performer(256)]
@@ -55,8 +57,8 @@ EXTENDED = np.finfo(np.longdouble).nmant >= 63  # wide enough to judge float64
 def exact(attend: Any, args: list, d_out: Any, causal: bool) -> list[np.ndarray]:
     """out, d_q, d_k, d_v of one head by the formula and its complex step, in the precision of the arguments.
 
-    The row of a query depends on no other query, so one step moves all queries; keys are moved one at a time;
-    out is linear in v.
+    Where the row of a query depends on no other query, one step moves all queries; keys are moved one at a time, and so
+    are queries that regions pool; out is linear in v.
     """
     formula = quadratic.formula_of(attend)
     q, k, v = args
@@ -64,15 +66,19 @@ def exact(attend: Any, args: list, d_out: Any, causal: bool) -> list[np.ndarray]
     n_keys, dim = k.shape
     weights = formula.weights(q, k, causal=causal)
     d_q, d_k = np.zeros_like(q), np.zeros_like(k)
-    one_key = np.eye(n_keys, dtype=q.dtype)
+    one = np.eye(n_keys, dtype=q.dtype)
+    pooled = isinstance(attend, la.Combiner)
     for r in range(dim):
         unit = np.zeros(dim, q.dtype)
         unit[r] = 1
-        moved = formula(q + 1j * h * unit, k, v, causal=causal).imag / h
-        d_q[:, r] = np.sum(d_out * moved, axis=-1)
+        if not pooled:
+            moved = formula(q + 1j * h * unit, k, v, causal=causal).imag / h
+            d_q[:, r] = np.sum(d_out * moved, axis=-1)
         for some in np.array_split(np.arange(n_keys), -(-n_keys // 32)):
-            moved = formula(q, k + 1j * h * one_key[some][..., None] * unit, v, causal=causal).imag / h
-            d_k[some, r] = np.sum(d_out * moved, axis=(-2, -1))
+            step = 1j * h * one[some][..., None] * unit
+            d_k[some, r] = np.sum(d_out * (formula(q, k + step, v, causal=causal).imag / h), axis=(-2, -1))
+            if pooled:
+                d_q[some, r] = np.sum(d_out * (formula(q + step, k, v, causal=causal).imag / h), axis=(-2, -1))
     return [weights @ v, d_q, d_k, weights.T @ d_out]
 
 
@@ -100,7 +106,7 @@ def called(causal: bool) -> str:
 
 
 N_TOKENS, DIM = 100, 16  # of the Gaussian inputs
-SMALLER = {"performer": (52, 4), "lln": (52, 8)}  # whose definition takes R exponentials a pair
+SMALLER = {"performer": (52, 4), "lln": (52, 8), "combiner": (52, 8)}  # whose definition costs more a pair
 
 
 def size_of(attend: Any) -> tuple[int, int]:
@@ -352,6 +358,53 @@ def speed() -> tuple[str, list[str], list[list[Any]]]:
     return caption, heads_of_columns, rows
 
 
+def combiner_cost() -> tuple[str, list[str], list[list[Any]]]:
+    """Time and memory of Combiner's patterns beside exact softmax."""
+    heads, n_tokens, dim = 8, 4096, 64
+    *args, d_out = draw(0, np.dtype("float32"), *[(heads, n_tokens, dim)] * 4)
+    inputs = sum(x.nbytes for x in args)
+    names = "fixed", "logsparse", "axial_vertical", "axial_horizontal", "axial_rowmajor"
+    attends = [la.Softmax(), *map(la.Combiner, names)]
+    runs: dict[tuple[Any, bool], Callable[[], Any]] = {}
+    for attend in attends:
+        runs[attend, False] = partial(attend, *args, causal=True, backend="numba")
+        runs[attend, True] = partial(ours, attend, args, d_out, True, "numba")
+    times = medians(runs)
+    exact_pairs = n_tokens * (n_tokens + 1) // 2
+    rows = []
+    for attend in attends[1:]:
+        (plan,) = attend.plans(n_tokens, causal=True)
+        faster = [times[attends[0], both] / times[attend, both] for both in (False, True)]
+        extra = [
+            (peak(runs[attend, both]) - results) / inputs
+            for both, results in ((False, inputs / 3), (True, 4 * inputs / 3))
+        ]
+        rows.append([repr(attend), f"{sum(plan.pairs()) / exact_pairs:.3f}", *faster, *extra])
+    caption = (
+        f"Causal, float32, {n_tokens} tokens, {heads} heads, {dim} channels, backend numba, one thread. Pairs that a "
+        "forward computes, over those of exact softmax; how many times faster it is; the most memory it takes beyond "
+        "its results, over that of q, k and v."
+    )
+    columns = [
+        "mechanism",
+        "pairs",
+        "forward: times faster",
+        "with backward",
+        "forward: memory",
+        "with backward: memory",
+    ]
+    return caption, columns, rows
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes that arrays hold during a call, its results among them."""
+    tracemalloc.start()
+    run()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
+
+
 def medians(runs: dict[Any, Callable[[], Any]], rounds: int = 5) -> dict[Any, float]:
     """The median processor time of each; every round runs each once, so that all share the machine's moods."""
     for run in runs.values():
@@ -378,8 +431,9 @@ TABLES: dict[str, Callable[[], tuple[str, list[str], list[list[Any]]]]] = {
     "eps": eps,
     "zero_rows": zero_rows,
     "speed": speed,
+    "combiner_cost": combiner_cost,
 }
-ERROR_TABLES = [name for name in TABLES if name not in ("eps", "zero_rows", "speed")]
+ERROR_TABLES = [name for name in TABLES if name not in ("eps", "zero_rows", "speed", "combiner_cost")]
 GIVEN = {"tokens", "offset", "channels", "(3/4) to the number of channels", "layer"}  # columns that were put in
 NOISE = 2.0**-52  # below it an error of float64 is luck
 

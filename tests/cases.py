@@ -85,14 +85,19 @@ LOG_FEATURES = ("positive", "hyperbolic", "oprf", "sderf")
 
 
 def engine_of(attend):
-    if isinstance(attend, la.Softmax):
-        return "softmax"
+    if isinstance(attend, (la.Softmax, la.Combiner)):
+        return type(attend).__name__.lower()
     by_logs = getattr(attend, "feature_map", None) == "exp" or getattr(attend, "features", None) in LOG_FEATURES
     return "loglinear" if by_logs or isinstance(attend, (la.LLN, la.LLNDiag)) else "linear"
 
 
 def backends_of(attend):
     return [backend for backend in CPU if has_room(backend, engine_of(attend))]
+
+
+def backends_of_steps(attend):
+    """Combiner's streams are the reference room's."""
+    return ["reference"] if isinstance(attend, la.Combiner) else backends_of(attend)
 
 
 BACKENDS = [backend for backend in CPU if has_room(backend, "linear")]
@@ -153,6 +158,8 @@ VALUES = [
     la.LLN(calibration=(0.3, -0.1), scope="head", statistics="differentiated"),
     la.LLNDiag(block=4),
     la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
+    la.Combiner(span=4),  # the other patterns: test_combiner.py
+    la.Combiner("mixture", width=4, pool="mean", size_bias=True, scale=0.4),
 ]
 MAIN = [
     la.Linear(),
@@ -161,6 +168,7 @@ MAIN = [
     la.Performer(12),
     la.LLN(alpha=0.8, beta=0.6),
     la.LLNDiag(alpha=0.8, beta=0.6, block=4, ratio=0.25),
+    la.Combiner(span=4),
 ]
 FEATURE_ERROR = {  # e_phi / u
     "identity": 0,
@@ -176,8 +184,13 @@ def is_cosformer(attend):
     return isinstance(attend, la.CosFormer)
 
 
+def is_combiner(attend):
+    return isinstance(attend, la.Combiner)
+
+
 def has_blocks(attend):
-    return isinstance(attend, la.LLNDiag)
+    """Whether positions of queries are those of keys: N == M, and a hidden key keeps its place."""
+    return isinstance(attend, (la.LLNDiag, la.Combiner))
 
 
 def reads_the_call(attend):
@@ -302,20 +315,21 @@ MAIN_CASES = [case for case in CASES if case.attend in MAIN]
 CAUSAL_CASES = [case for case in CASES if case.causal and not case.packed]
 
 
-def on_backends(cases):
+def on_backends(cases, backends=backends_of):
     """Parameters `case, backend`."""
-    return [
-        pytest.param(case, backend, id=f"{backend} {case}") for case in cases for backend in backends_of(case.attend)
-    ]
+    return [pytest.param(case, backend, id=f"{backend} {case}") for case in cases for backend in backends(case.attend)]
 
 
-def values_on_backends(values):
+def values_on_backends(values, backends=backends_of):
     """Parameters `attend, backend`."""
     return [
-        pytest.param(attend, backend, id=f"{backend} {attend!r}")
-        for attend in values
-        for backend in backends_of(attend)
+        pytest.param(attend, backend, id=f"{backend} {attend!r}") for attend in values for backend in backends(attend)
     ]
+
+
+def streams_on_backends(values):
+    """Likewise, for those that take steps."""
+    return values_on_backends(values, backends_of_steps)
 
 
 # -- states by their formula ------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_default_compares_all_on_real_data(capsys):
     out, err = capsys.readouterr()
     assert "minilm_qkv.npz, layer 0: 4 heads, 384 tokens, 32 channels; not causal, float32" in out
     names = ("Softmax()", "Linear()", "Linear('relu')", "CosFormer(384)", "Performer(256, seed=0)", "LLN, fitted")
-    for name in (*names, "LLNDiag, fitted", "Performer.accurate", "uniform weights"):
+    for name in (*names, "LLNDiag, fitted", "Performer.accurate", "Combiner()", "uniform weights"):
         assert name in out
     for heading in ("forward", "backward", "memory", "output", "weights", "entropy", "error", "gradients"):
         assert heading in out
@@ -77,6 +77,7 @@ def test_every_mechanism_is_compared_and_has_its_formula():
         la.Performer,
         la.LLN,
         la.LLNDiag,
+        la.Combiner,
     }
 
 
@@ -97,7 +98,7 @@ def test_numbers_are_what_they_say(small, causal, capsys):
     softmax = FORMULAS["Softmax"]
     a_softmax, out_softmax = softmax.weights(q, k, causal=causal), softmax(q, k, v, causal=causal)
     rows = {row["mechanism"]: row for row in data["mechanisms"]}
-    values = {repr(x): x for x in (la.Softmax(), la.CosFormer(24))}
+    values = {repr(x): x for x in (la.Softmax(), la.Combiner(), la.CosFormer(24))}
     for kind, label in ((la.LLN, "LLN, fitted"), (la.LLNDiag, "LLNDiag, fitted")):
         values[label] = kind(scope="head", calibration="exact").calibrate(q, k)
     values |= {repr(x): x for x in (la.Linear(), la.Linear("relu"), la.Performer())}
@@ -237,7 +238,7 @@ def test_plot(small, suffix, capsys):
     assert target.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
     curves = json.loads(data.read_text())["time_against_length"]
     assert curves["lengths"] == [8, 16, 32]
-    names = {"Softmax()", "Linear()", "Linear('relu')", "CosFormer(24)", "Performer(256, seed=0)"}
+    names = {"Softmax()", "Linear()", "Linear('relu')", "CosFormer(24)", "Performer(256, seed=0)", "Combiner()"}
     assert set(curves["seconds"]) == names | {"LLN, fitted", "LLNDiag, fitted", "Performer.accurate"}
     assert all(len(x["forward"]) == len(x["backward"]) == 3 for x in curves["seconds"].values())
     assert capsys.readouterr().out
@@ -293,7 +294,7 @@ def test_info(capsys, monkeypatch):
     for text in ("Versions", "Backends", "Processor", "Threads", "Compiled kernels", "vector unit", "BLAS"):
         assert text in out
     assert re.search(rf"^linattn +{re.escape(la.__version__)}", out, re.M)
-    assert re.search(r"^reference +linear, loglinear, softmax", out, re.M)
+    assert re.search(r"^reference +combiner, linear, loglinear, softmax", out, re.M)
     assert re.search(r"^cupy +none \(", out, re.M)
     assert re.search(r"^LINATTN_NUM_THREADS +3", out, re.M)
 

@@ -18,7 +18,7 @@ GIVEN = {
     "LLNDiag": {"alpha": 0.8, "beta": 0.6, "block": 4},
     "Performer": {"projection": lambda dim: np.random.default_rng(5).normal(size=(6, dim))},
 }
-FIXED = {name: Formula(FORMULAS[name].rule, **GIVEN.get(name, {})) for name in NAMES}
+FIXED = {name: type(FORMULAS[name])(FORMULAS[name].rule, **GIVEN.get(name, {})) for name in NAMES}
 """Each formula with what it cannot do without: nothing of it comes from the data of the call."""
 
 
@@ -221,7 +221,7 @@ def test_positions_move_together(rng):
 @pytest.mark.parametrize("name", NAMES)
 def test_leading_axes_broadcast(name, rng):
     q, k, v = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(2, 1, 6, 4)), rng.normal(size=(6, 2))
-    k, v = (x[..., : 5 if name == "LLNDiag" else 6, :] for x in (k, v))  # its blocks need N == M
+    k, v = (x[..., : 5 if name in ("LLNDiag", "Combiner") else 6, :] for x in (k, v))  # those need N == M
     whole = FIXED[name](q, k, v)
     assert whole.shape == (2, 3, 5, 2)
     np.testing.assert_allclose(whole[1, 2], FIXED[name](q[1, 2], k[1, 0], v), rtol=1e-14)
@@ -233,6 +233,9 @@ def test_dead_and_empty(name, rng):
     q, k, v = draw(rng)
     hidden = np.zeros(9, dtype=bool)
     assert not FIXED[name](q, k, v, key_mask=hidden).any()
+    if name == "Combiner":  # N == M, and regions make of equal scores no plain mean
+        assert FIXED[name](q[:, :0], k[:, :0], v[:, :0]).shape == (2, 0, 3)
+        return
     assert not FIXED[name](q, k[:, :0], v[:, :0]).any()
     assert FIXED[name](q[:, :0], k, v).shape == (2, 0, 3)
     flat = FIXED[name](q[..., :0], k[..., :0], v)
@@ -334,7 +337,7 @@ def test_oracle_of_packed_and_moved(rng):
 
 def test_features_for_every_linear_formula():
     """Softmax has none; those of the others are given by their logarithms."""
-    assert set(FEATURES) == set(FORMULAS) - {"Softmax", *GIVEN}
+    assert set(FEATURES) == set(FORMULAS) - {"Softmax", "Combiner", *GIVEN}
 
 
 # ------------------------------------------------------------------------------------------------- metrics

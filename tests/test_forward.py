@@ -158,6 +158,7 @@ FUNCTIONS = {
     la.Performer: la.performer,
     la.LLN: la.lln,
     la.LLNDiag: la.lln_diag,
+    la.Combiner: la.combiner,
 }
 
 
@@ -191,6 +192,8 @@ def test_defaults_are_the_papers():
     matched = {"alpha": None, "beta": None, "calibration": "paper", "scope": "tensor", "statistics": "detached"}
     assert la.LLN() == la.LLN(**matched)
     assert la.LLNDiag() == la.LLNDiag(**matched, block=None, ratio=0.5)
+    plain = {"span": None, "width": None, "row_key": "self", "mix": "average", "scale": None}
+    assert la.Combiner() == la.Combiner("fixed", pool="max", size_bias=False, **plain)
     assert set(FORMULAS) == {kind.__name__ for kind in FUNCTIONS}
 
 

@@ -31,6 +31,7 @@ from cases import (
     on_backends,
     reads_the_call,
     sees_others,
+    streams_on_backends,
     values_on_backends,
 )
 
@@ -335,7 +336,7 @@ def test_a_masked_key_is_a_removed_key(attend, backend, hidden, rng):
     assert not got[3][:, ~seen].any()
 
 
-@pytest.mark.parametrize("attend, backend", values_on_backends(MASKABLE))
+@pytest.mark.parametrize("attend, backend", streams_on_backends(MASKABLE))
 def test_a_mask_in_a_stream(attend, backend, rng):
     """Hidden NaN never enters a state."""
     case = Case(attend, causal=True, masked=True)

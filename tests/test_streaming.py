@@ -24,11 +24,12 @@ from cases import (
     Case,
     assert_bits,
     assert_close,
-    backends_of,
+    backends_of_steps,
     can_be_causal,
     is_elementary,
     rounded,
     state_formula,
+    streams_on_backends,
     value_of,
     values_on_backends,
 )
@@ -60,7 +61,7 @@ def cut(rng, n, n_cuts):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("attend, backend", values_on_backends(STREAMED))
+@pytest.mark.parametrize("attend, backend", streams_on_backends(STREAMED))
 def test_any_split_is_the_whole_pass(attend, backend, masked, rng):
     """Token by token, at once, and cut at random; the state of each part is that of a whole pass over it."""
     case = Case(attend, causal=True, masked=masked, n=13, m=13)
@@ -78,7 +79,7 @@ def test_any_split_is_the_whole_pass(attend, backend, masked, rng):
                 assert_close(value_of(state), state_formula(attend, k, v, key_mask=mask), tolerance)
 
 
-@pytest.mark.parametrize("attend, backend", values_on_backends(MAIN))
+@pytest.mark.parametrize("attend, backend", streams_on_backends(MAIN))
 def test_splits_across_chunks(attend, backend, rng):
     n = 197
     case = Case(attend, causal=True, n=n, m=n, d=6, lead=((2, 2), (2, 1), (2, 1)))
@@ -89,7 +90,7 @@ def test_splits_across_chunks(attend, backend, rng):
         assert_close(out, whole)
 
 
-@pytest.mark.parametrize("attend, backend", values_on_backends(MAIN))
+@pytest.mark.parametrize("attend, backend", streams_on_backends(MAIN))
 def test_prefill_then_decode(attend, backend, rng):
     """Many tokens, then one at a time: one verb for both."""
     case = Case(attend, causal=True, n=60, m=60, d=8)
@@ -107,7 +108,7 @@ def test_a_call_on_a_prefix_is_a_prefix_of_the_call(attend, backend, rng):
         assert_close(attend(*(x[:, :n] for x in args), causal=True, backend=backend), whole[:, :n])
 
 
-@pytest.mark.parametrize("attend, backend", values_on_backends(STREAMED))
+@pytest.mark.parametrize("attend, backend", streams_on_backends(STREAMED))
 def test_a_step_does_not_see_what_follows(attend, backend, rng):
     """Bits: the first steps know nothing of the tokens that come later, however many."""
     case = Case(attend, causal=True)
@@ -122,7 +123,7 @@ def test_a_step_does_not_see_what_follows(attend, backend, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("attend, backend", values_on_backends([la.Linear(), la.CosFormer(4 * LENGTH), la.Softmax()]))
+@pytest.mark.parametrize("attend, backend", streams_on_backends([la.Linear(), la.CosFormer(4 * LENGTH), la.Softmax()]))
 def test_sixteen_bit_streams_keep_wide_sums(attend, backend, dtype, rng):
     """The state of a linear stream is in float32, so that a thousand ones still count."""
     n = 1000
@@ -139,7 +140,7 @@ def test_sixteen_bit_streams_keep_wide_sums(attend, backend, dtype, rng):
 # -- states -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attend, backend", values_on_backends(STREAMED))
+@pytest.mark.parametrize("attend, backend", streams_on_backends(STREAMED))
 def test_old_states_stay_usable(attend, backend, rng):
     """A step changes no state: two futures of one past, and the past's arrays as they were."""
     args, _ = Case(attend, causal=True).draw(rng)
@@ -157,7 +158,7 @@ def test_old_states_stay_usable(attend, backend, rng):
         assert x is None or not any(np.shares_memory(x, y) for y in (*tail, *state.arrays) if y is not None)
 
 
-@pytest.mark.parametrize("attend, backend", values_on_backends(STREAMED))
+@pytest.mark.parametrize("attend, backend", streams_on_backends(STREAMED))
 def test_states_share_no_memory_with_what_made_them(attend, backend, rng):
     """Writing to the arrays of a step afterwards changes nothing in its state."""
     args, _ = Case(attend, causal=True).draw(rng)
@@ -174,7 +175,7 @@ def test_states_share_no_memory_with_what_made_them(attend, backend, rng):
 def test_a_state_goes_on_in_another_room(attend, rng):
     args, options = (case := Case(attend, causal=True)).draw(rng)
     whole = case.formula(*args, **options)
-    rooms = backends_of(attend)
+    rooms = backends_of_steps(attend)
     for first in rooms:
         for second in rooms:
             _, state = stream(attend, args, [0, 5], backend=first)
@@ -183,7 +184,7 @@ def test_a_state_goes_on_in_another_room(attend, rng):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("attend, backend", values_on_backends(STREAMED))
+@pytest.mark.parametrize("attend, backend", streams_on_backends(STREAMED))
 def test_states_of_two_parts_merge(attend, backend, masked, rng):
     """Made apart, each at its own positions, they go on as one stream."""
     case = Case(attend, causal=True, masked=masked)

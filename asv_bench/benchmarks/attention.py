@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 import linattn as la
-import linattn.backends.numba.linear  # loaded once, before asv forks a process for each measurement
+import linattn.backends.numba.combiner  # loaded once, before asv forks a process for each measurement
+import linattn.backends.numba.linear
 import linattn.backends.numba.loglinear
 import linattn.backends.numba.softmax
 from linattn.audit import measure, quadratic
@@ -21,6 +22,14 @@ ATTENDS = [
     la.Performer(128),
     la.LLN(alpha=2.0, beta=2.0),
     la.LLNDiag(alpha=2.0, beta=2.0),
+    la.Combiner(span=32),
+]
+PATTERNS = [
+    la.Combiner(span=32),
+    la.Combiner("logsparse"),
+    la.Combiner("axial_vertical", width=32),
+    la.Combiner("axial_horizontal", width=32),
+    la.Combiner("axial_rowmajor", width=32),
 ]
 BACKENDS = ["reference", "numba"]
 SEES = ["all", "causal"]
@@ -107,6 +116,8 @@ class Step:
     timeout = 120
 
     def setup(self, attend, backend, n_new):
+        if isinstance(attend, la.Combiner) and backend != "reference":
+            raise NotImplementedError("Combiner's steps are the reference room's")
         self.args = draw(HEADS, self.context + n_new)[:3]
         before, self.new = ([x[:, part] for x in self.args] for part in self.parts(n_new))
         _, self.state = attend.step(*before, attend.init_state(*before[1:]), backend=backend)
@@ -129,3 +140,29 @@ class Step:
         return measure.error_in_eps(self.run(), measure.oracle(attend, *self.args, causal=True, rows=rows).out)
 
     track_step_error.unit = "eps"
+
+
+class Patterns:
+    """Combiner's patterns, causal and compiled; the pairs that each computes beside its time."""
+
+    params = (PATTERNS,)
+    param_names = ["attend"]
+    timeout = 120
+    n_tokens = 1024
+
+    def setup(self, attend):
+        *self.args, self.d_out = draw(HEADS, self.n_tokens)
+        self.run_backward = attend.vjp(*self.args, causal=True, backend="numba")[1]
+        self.run_backward(self.d_out)
+
+    def time_forward(self, attend):
+        attend(*self.args, causal=True, backend="numba")
+
+    def time_backward(self, attend):
+        self.run_backward(self.d_out)
+
+    def track_pairs(self, attend):
+        (plan,) = attend.plans(self.n_tokens, causal=True)
+        return sum(plan.pairs())
+
+    track_pairs.unit = "pairs"

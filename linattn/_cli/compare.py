@@ -50,6 +50,7 @@ ENGINES = {
     "Linear": ("linear",),
     "CosFormer": ("linear",),
     "Softmax": ("softmax",),
+    "Combiner": ("combiner",),
     "Performer": ("loglinear",),
     "LLN": ("loglinear",),
     "LLNDiag": ("loglinear", "softmax"),
@@ -135,6 +136,8 @@ def values_of(name: str, n_tokens: int) -> list[Attention]:
 def fitted(attend: Any, inputs: Inputs) -> tuple[Attention, str]:
     """The value with its constants from these inputs, and its name, where it has any; raises where there are none."""
     name = type(attend).__name__
+    if name == "Combiner" and inputs.q.shape[-2] != inputs.k.shape[-2]:
+        raise ValueError("it is for self-attention, which needs N == M.")
     if name not in FITTED or getattr(attend, "norms", "sqrt") != "sqrt":
         return attend, ""
     if name == "LLNDiag" and inputs.q.shape[-2] != inputs.k.shape[-2]:

@@ -168,7 +168,7 @@ def draw_maps(figure: Any, result: Result, n_rows: int, n_columns: int) -> None:
     for ax in axes[:, 0]:
         ax.set_ylabel("query", fontsize=9)
     ticks = range(-OCTAVES, OCTAVES + 1, 2)
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.9, pad=0.01, ticks=ticks, aspect=25)
+    bar = figure.colorbar(drawn, ax=list(axes.flat[: len(result.rows)]), shrink=0.9, pad=0.01, ticks=ticks, aspect=25)
     bar.ax.set_yticklabels([power(tick) for tick in ticks], fontsize=8)
     bar.set_label("weight, as a multiple of uniform", fontsize=9)
     where = "" if result.inputs.layer is None else f", layer {result.inputs.layer}"

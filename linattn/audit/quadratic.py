@@ -1,6 +1,6 @@
 """The papers' formulas, pair by pair in float64: the definition that everything else is judged by.
 
-NumPy alone is imported here, and nothing of linattn. Each formula forms all N x M weights, as its paper's
+NumPy alone is imported here, and of linattn nothing but formulas. Each formula forms all N x M weights, as its paper's
 definition says, and
 
     out[t] = sum over the visible s of A[t, s] v[s]
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from linattn.audit.combiner import combiner
 from linattn.audit.lln import lln, lln_diag
 from linattn.audit.performer import performer
 
@@ -60,6 +61,8 @@ class Pairs(NamedTuple):
     n_queries: int  # N, of which the n above are a part
     n_keys: int  # M
     every_q: Array  # (..., N, D), all queries
+    causal: bool = False
+    key_mask: ArrayLike | None = None
 
 
 # ---------------------------------------------------------------------------------------------- feature maps
@@ -275,8 +278,7 @@ class Formula:
             ]
             return np.concatenate(parts, axis=-2)
         pairs = pairs_of(q, k, causal, key_mask, rows)
-        weights = self.rule(q[..., pairs.t, :], k, pairs, **(self.parameters | parameters))
-        return mix(weights, pairs.visible, v)
+        return mix(self.of_pairs(q, k, pairs, self.parameters | parameters), pairs.visible, v)
 
     @np.errstate(all="ignore")
     def weights(
@@ -304,8 +306,18 @@ class Formula:
             for (a, b), block in parts.items():
                 whole[..., a:b, a:b] = block
             return whole
-        pairs = pairs_of(q, k, causal, key_mask, rows)
-        return self.rule(q[..., pairs.t, :], k, pairs, **(self.parameters | parameters))
+        return self.of_pairs(q, k, pairs_of(q, k, causal, key_mask, rows), self.parameters | parameters)
+
+    def of_pairs(self, q: Array, k: Array, pairs: Pairs, parameters: dict[str, Any]) -> Array:
+        """The rule is given the queries it is asked for."""
+        return self.rule(q[..., pairs.t, :], k, pairs, **parameters)
+
+
+class PooledFormula(Formula):
+    """A formula whose rows depend on other queries too: its rule is given all of them."""
+
+    def of_pairs(self, q: Array, k: Array, pairs: Pairs, parameters: dict[str, Any]) -> Array:
+        return self.rule(q, k, pairs, **parameters)
 
 
 def wide(x: ArrayLike) -> Array:
@@ -326,7 +338,7 @@ def pairs_of(q: Array, k: Array, causal: bool, key_mask: ArrayLike | None, rows:
         visible = s <= t[:, None]
     if key_mask is not None:
         visible = visible & np.asarray(key_mask)[..., None, :]
-    return Pairs(visible, t, s, n_queries, n_keys, q)
+    return Pairs(visible, t, s, n_queries, n_keys, q, causal, key_mask)
 
 
 def segment(a: int, b: int, key_mask: ArrayLike | None, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -349,6 +361,7 @@ FORMULAS: dict[str, Formula] = {
     "Performer": Formula(performer),
     "LLN": Formula(lln),
     "LLNDiag": Formula(lln_diag),
+    "Combiner": PooledFormula(combiner),
 }
 
 
@@ -357,7 +370,8 @@ def formula_of(attend: Any) -> Formula:
     parameters = {field.name: getattr(attend, field.name) for field in fields(attend)}
     if "projection" in parameters:
         parameters["projection"] = attend.matrix  # drawn or given, of any number of channels
-    return Formula(FORMULAS[type(attend).__name__].rule, **parameters)
+    known = FORMULAS[type(attend).__name__]
+    return type(known)(known.rule, **parameters)
 
 
 # ------------------------------------------------------------------------------------------- as wide features

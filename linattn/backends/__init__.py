@@ -13,9 +13,10 @@ from types import ModuleType
 
 from linattn import _arrays, _checks
 from linattn._arrays import Array
-from linattn.backends.reference import linear, loglinear, softmax
+from linattn.backends.reference import combiner, linear, loglinear, softmax
 
-REFERENCE = {"linear": linear, "loglinear": loglinear, "softmax": softmax}  # all loaded: compilers trace a look-up
+# all loaded: compilers trace a look-up, not an import
+REFERENCE = {"combiner": combiner, "linear": linear, "loglinear": loglinear, "softmax": softmax}
 ROOM_OF = {"numpy": "numba", "cupy": "cupy"}
 WANTS = {"numba": "numpy", "cupy": "cupy"}
 EXTRA = {"numba": "test", "cupy": "gpu"}

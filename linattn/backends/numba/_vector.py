@@ -35,7 +35,13 @@ __all__ = [
 
 I64, I32, I16, I1, I8P = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(1), ir.IntType(8).as_pointer()
 HALF, SINGLE, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
-STORED = {types.float32: (SINGLE, 4), types.float64: (DOUBLE, 8), types.uint16: (I16, 2), types.int16: (I16, 2)}
+STORED = {
+    types.float32: (SINGLE, 4),
+    types.float64: (DOUBLE, 8),
+    types.uint16: (I16, 2),
+    types.int16: (I16, 2),
+    types.int64: (I64, 8),  # numbers of rows, read one by one
+}
 
 _numbers = itertools.count()
 
