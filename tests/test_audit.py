@@ -26,9 +26,11 @@ from linattn.audit import (
     truth,
     verdict,
 )
-from linattn.audit.truth import KINDS, PASSES, Arithmetic
+from linattn.audit.truth import KINDS
+from linattn.audit.units import PASSES, Arithmetic
 
-VALUES = [attend for subject in subjects.SUBJECTS.values() for attend in subject.values(40)]
+VALUES = [attend for values in subjects.SUBJECTS.values() for attend in values(40)]
+FIRST = [values(20)[0] for values in subjects.SUBJECTS.values()]
 U64 = 2.0**-53
 OWN_ERROR = 28  # of the float64 oracles, in u: what they judge is 2^29 times coarser
 
@@ -42,7 +44,10 @@ def draw(rng, n=9, m=9, d=3, e=2):
 
 def test_a_mechanism_has_its_row_in_every_table():
     mechanisms = {name for name in la.__all__ if name in quadratic.FORMULAS}
-    assert set(subjects.SUBJECTS) == set(quadratic.FORMULAS) == set(rigorous.RULES) == set(KINDS) == mechanisms
+    assert set(subjects.SUBJECTS) == set(quadratic.FORMULAS) == set(rigorous.RULES) == mechanisms
+    engines = {subjects.engine_of(attend) for attend in VALUES}
+    assert engines == set(subjects.ENGINES) == set(KINDS) == set(bounds.DEPTHS)
+    assert survey.unjudged() == []
 
 
 def test_no_oracle_is_missing_here():
@@ -271,14 +276,14 @@ def few(monkeypatch):
 
     def cases(names, full):
         for name in names:
-            subject = subjects.SUBJECTS[name]
-            case = survey.Case(subject.values(20)[0], subject.engine, "families", "gaussian", "float32", True, 20, 20)
+            values = subjects.SUBJECTS[name]
+            case = survey.Case(values(20)[0], "families", "gaussian", "float32", True, 20, 20)
             yield case
             yield replace(case, kind="balls", n=4, m=4, d=2, e=2)
             yield replace(case, dtype="float16")
             yield replace(case, family="norms near overflow")
-            if subject.engine == "linear":
-                long = replace(case, attend=subject.values(300)[0], kind="long", n=300, m=300, backward=False)
+            if case.engine not in survey.QUADRATIC:
+                long = replace(case, attend=values(300)[0], kind="long", n=300, m=300, backward=False)
                 yield from (long, replace(long, dtype="float64"))
 
     monkeypatch.setattr(survey, "cases", cases)
@@ -297,7 +302,7 @@ def test_command_writes_what_it_measured(few, tmp_path, capsys):
     assert data["subnormals"] == "kept"
     assert {"numpy", "numba", "python"} <= set(data["versions"])
     figures = verdict.figures_from(data)
-    assert {f.mechanism for f in figures} == {"Linear()", "CosFormer(20)", "CosFormer(300)", "Softmax()"}
+    assert {f.mechanism for f in figures} == {"CosFormer(300)", *map(repr, FIRST)}
     assert {f.backend for f in figures} == {"reference", "numba"}
     assert {f.passes for f in figures} == set(PASSES)
     extended = np.dtype(np.longdouble).name
@@ -331,7 +336,7 @@ def test_command_fails_outside_the_bound(few, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "argv, sentence",
     [
-        (["--mechanism", "Nystrom"], "`--mechanism` must be one of Linear, CosFormer, Softmax, got 'Nystrom'."),
+        (["--mechanism", "Nystrom"], f"`--mechanism` must be one of {', '.join(subjects.SUBJECTS)}, got 'Nystrom'."),
         (["--backend", "fortran"], "`--backend` must be one of reference, numba, cupy or None, got 'fortran'."),
         (["--backend", "cupy"], "`--backend` must be one of reference, numba for an audit, got 'cupy'."),
         (["--against", "/no/such/file"], "`--against` must name a file that can be read"),

@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import linattn as la
-from linattn.audit import bounds, truth
-from linattn.audit.truth import PASSES, Arithmetic
+from linattn.audit import bounds, subjects, truth
+from linattn.audit.units import PASSES, Arithmetic
 
 VALUES = [*MAIN, la.Linear("relu"), la.Linear("relu", normalize=False)]
-ENGINES = {la.Softmax: "softmax"}
 MARGIN = 2.0  # T as it is proved; the audit's families keep to 1
 
 
@@ -55,9 +54,8 @@ def test_finite_results_are_right_over_all_of_a_format(call):
     got = dict(zip(PASSES, (out, *backward(g)), strict=True))
     arithmetic = Arithmetic(dtype, getattr(attend, "normalize", True))
     exact = truth.truth(attend, q, k, v, g, arithmetic, causal=causal)
-    n_features = q.shape[1] * getattr(attend, "n_sums", 1)
-    engine = ENGINES.get(type(attend), "linear")
-    depth = bounds.depth(engine, backend, dtype, n_keys=max(len(q), len(k)), n_features=n_features)
+    n_features = subjects.n_rows(attend, q.shape[1])
+    depth = bounds.depth(subjects.engine_of(attend), backend, dtype, n_keys=max(len(q), len(k)), n_features=n_features)
     most = np.finfo(dtype).max / 2.0**12
     for name in PASSES if not exact.unclaimed_backward else ("out",) if not exact.unclaimed else ():
         wide, unit = got[name].astype(exact.value[name].dtype), exact.unit(name, arithmetic, depth)

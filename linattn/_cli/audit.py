@@ -78,8 +78,9 @@ def check_backend(backend: str | None, names: list[str]) -> list[str]:
     if backend not in survey.BACKENDS:
         raise Refused(f"`--backend` must be one of {', '.join(survey.BACKENDS)} for an audit, got {backend!r}.")
     notes = []
-    for engine in dict.fromkeys(subjects.SUBJECTS[name].engine for name in names):
-        reason = backends.load(backend, engine)
+    values = [attend for name in names for attend in subjects.SUBJECTS[name](1)]
+    for file in dict.fromkeys(file for attend in values for file in subjects.ENGINES[subjects.engine_of(attend)]):
+        reason = backends.load(backend, file)
         if isinstance(reason, str):
             if not reason.startswith("no "):
                 raise Refused(f"`--backend {backend}` cannot be loaded: {reason}.")

@@ -13,32 +13,43 @@ prints T = error / ((D + 2 e / u) u A|v|): the proof gives 2, and the audit fail
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any
 
 from numpy.typing import NDArray
 
-__all__ = ["chunk_of", "depth", "feature_error", "score_error"]
+__all__ = ["chunk_of", "depth", "feature_error", "projection_depth", "score_error"]
 
 FEATURE_ERROR = {"identity": 0.0, "relu": 0.0, "elu1": 2.0, "exp": 2.0}  # in u
 EXPONENTIAL = ("elu1", "exp")  # may underflow where they are not zero
 COSINE_ERROR = 3.0  # in u: two tables, two products, one addition of terms of one sign
 EXP_ERROR = 2.0  # in u: relative error of a library's exp
+LOG_ERROR = EXP_ERROR + 1.0  # in u: e^l by a power of two and the exp of what is left, itself rounded once
+LOG_LIMIT = 2.0**27 * math.log(2)  # a logarithm of this size has no digit left that its exponential needs: NaN
+MADE = 2.0**-53  # the unit roundoff of logarithms and projections: they are made in float64 for every dtype
 
 
-def tiles(backend: str) -> Any:
-    """The module that says how a room cuts its sums."""
-    return import_module("linattn.backends." + {"reference": "reference.linear", "numba": "numba._tiles"}[backend])
+TILES = {  # the module that says how a room cuts its sums; numba cuts them all alike
+    "numba": "numba._tiles",
+    "reference": "reference.linear",
+    "reference, loglinear": "reference._gauges",
+}
 
 
-def chunk_of(backend: str) -> int:
+def tiles(backend: str, engine: str = "linear") -> Any:
+    return import_module("linattn.backends." + TILES.get(f"{backend}, {engine}", TILES[backend]))
+
+
+def chunk_of(backend: str, engine: str = "linear") -> int:
     """C: tokens that the room sums in the dtype of its arithmetic before they are carried over to a state."""
-    return int(tiles(backend).SETTLE if backend == "numba" else tiles(backend).CHUNK)
+    engine = "loglinear" if engine == "blocks" else engine
+    return int(tiles(backend, engine).SETTLE if backend == "numba" else tiles(backend, engine).CHUNK)
 
 
-def linear_depth(backend: str, dtype: str, *, n_keys: int, n_features: int) -> float:
+def linear_depth(backend: str, dtype: str, *, n_keys: int, n_features: int, engine: str = "linear") -> float:
     """Chunks of C, a state of R rows: C + R + 4, and N / C more where the state itself is summed in the dtype."""
-    chunk = min(chunk_of(backend), max(n_keys, 1))
+    chunk = min(chunk_of(backend, engine), max(n_keys, 1))
     if backend == "numba":  # the state keeps what its rounding took; pairs of T tokens are added one by one
         return float(chunk + n_features + tiles(backend).TILE.tokens + 2)
     if dtype == "float64":
@@ -52,7 +63,22 @@ def softmax_depth(backend: str, dtype: str, *, n_keys: int, n_features: int) -> 
     return n_keys + 3 + 2 * rescalings
 
 
-DEPTHS = {"linear": linear_depth, "softmax": softmax_depth}
+def loglinear_depth(backend: str, dtype: str, *, n_keys: int, n_features: int) -> float:
+    """As the linear engine, with chunks of its own: gauges are powers of two and round nothing.
+
+    The reference forms a chunk's triangle from squares whose sides double: a square of side w adds w rounded terms and
+    reaches the result after log2(C / w) additions, fewer than C for every w.
+    """
+    return linear_depth(backend, dtype, n_keys=n_keys, n_features=n_features, engine="loglinear")
+
+
+def blocks_depth(backend: str, dtype: str, *, n_keys: int, n_features: int) -> float:
+    """The deeper of both parts, two products and their sum."""
+    sizes = {"n_keys": n_keys, "n_features": n_features}
+    return 3 + max(depth(backend, dtype, **sizes) for depth in (loglinear_depth, softmax_depth))
+
+
+DEPTHS = {"linear": linear_depth, "loglinear": loglinear_depth, "softmax": softmax_depth, "blocks": blocks_depth}
 
 
 def depth(engine: str, backend: str, dtype: str, *, n_keys: int, n_features: int) -> float:
@@ -72,3 +98,8 @@ def score_error(sizes: NDArray[Any], shifted: NDArray[Any], n_channels: int) -> 
     The error of the row's maximum is common to all its pairs and cancels.
     """
     return (n_channels + 2) * sizes + shifted + EXP_ERROR
+
+
+def projection_depth(n_channels: int) -> float:
+    """Roundings of a row of W times sqrt(scale) x: D products and their sum; the root, and its product with x."""
+    return n_channels + 2

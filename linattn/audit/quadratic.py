@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from linattn.audit.lln import lln, lln_diag
-from linattn.audit.performer import performer
+from linattn.audit.lln import lln, lln_diag, lln_features
+from linattn.audit.performer import performer, performer_features
 
 __all__ = [
     "FEATURES",
@@ -401,4 +401,6 @@ def cosformer_features(
 FEATURES: dict[str, Callable[..., tuple[Array, Array]]] = {
     "Linear": linear_features,
     "CosFormer": cosformer_features,
+    "Performer": performer_features,
+    "LLN": lln_features,
 }

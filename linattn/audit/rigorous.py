@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from fractions import Fraction
 from functools import cache
 from importlib import import_module
@@ -25,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from linattn.audit import quadratic
 
 __all__ = ["BITS", "RULES", "Enclosure", "Places", "distance", "enclose", "midpoints", "missing"]
 
@@ -152,7 +153,61 @@ def softmax(x: Row, keys: list[Row], at: Places, *, scale: float | None = None) 
     return over_divisor([(a - top).exp() for a in scores], "safe")
 
 
-RULES: dict[str, Callable[..., Row]] = {"Linear": linear, "CosFormer": cosformer, "Softmax": softmax}
+def by_logs(x: Row, keys: list[Row]) -> Row:
+    """a[t, s] = sum_r exp(lq_r + lk[s, r] - top): any top, it cancels."""
+    sums = [[a + b for a, b in zip(x, y, strict=True)] for y in keys]
+    top = max((float(real(a).mid()) for row in sums for a in row), default=0.0)
+    return [sum(((a - top).exp() for a in row), start=arb(0)) for row in sums]
+
+
+def performer(
+    x: Row, keys: list[Row], at: Places, *, projection: Callable[[int], Any], features: str = "positive",
+    scale: float | None = None, eps: float | None = None, calibration: Any = None, **_: Any,
+) -> Row:  # fmt: skip
+    """A[t, s] = sum_r exp(w_r . x + w_r . y_s - |y_s|^2 / 2) / c_t, or f(W x) + eps in place of exponentials."""
+    if calibration is not None or features not in ("positive", "hyperbolic", "relu"):
+        raise ValueError(f"There is no rule for features={features!r}, or with a calibration.")
+    root = arb(scale).sqrt() if scale is not None else arb(max(len(x), 1)).rsqrt().sqrt()
+    w = [[arb(float(a)) for a in row] for row in projection(len(x))]
+    w = [*w, *([-a for a in row] for row in w)] if features == "hyperbolic" else w
+    x, *keys = ([root * a for a in y] for y in (x, *keys))
+    of_x, *of_keys = ([dot(row, y) for row in w] for y in (x, *keys))
+    if features == "relu":
+        added = arb(1e-3 if eps is None else eps)
+        phi, *phi_k = ([FEATURE_MAPS["relu"](a) + added for a in row] for row in (of_x, *of_keys))
+        return over_divisor([dot(phi, y) for y in phi_k], "safe")
+    norms = [dot(y, y) / 2 for y in keys]
+    return over_divisor(by_logs(of_x, [[a - n for a in row] for row, n in zip(of_keys, norms, strict=True)]), "safe")
+
+
+def lln(x: Row, keys: list[Row], at: Places, *, alpha: float, beta: float, **_: Any) -> Row:
+    """A[t, s] = sum_r exp(alpha x_r + beta y_r) / c_t, alpha and beta given"""
+    of_keys = [[arb(beta) * a for a in y] for y in keys]
+    return over_divisor(by_logs([arb(alpha) * a for a in x], of_keys), "safe")
+
+
+def lln_diag(
+    x: Row, keys: list[Row], at: Places, *, block: int | None = None, ratio: float = 0.5, **parameters: Any
+) -> Row:
+    """ratio LLN + (1 - ratio) softmax inside the block of t, or LLN alone where that sees nothing"""
+    size = max(len(x), 1) if block is None else block
+    near = [s // size == at.t // size for s in at.s]
+    far = lln(x, keys, at, **parameters)
+    if not any(near):
+        return far
+    exact = iter(softmax(x, [y for y, is_near in zip(keys, near, strict=True) if is_near], at))
+    share = arb(ratio)
+    return [share * a + ((1 - share) * next(exact) if is_near else 0) for a, is_near in zip(far, near, strict=True)]
+
+
+RULES: dict[str, Callable[..., Row]] = {
+    "Linear": linear,
+    "CosFormer": cosformer,
+    "Softmax": softmax,
+    "Performer": performer,
+    "LLN": lln,
+    "LLNDiag": lln_diag,
+}
 
 
 # --------------------------------------------------------------------------------------------- enclosures
@@ -201,7 +256,7 @@ def enclose(
     """
     q, k, v = (np.asarray(x, dtype=float) for x in (q, k, v))
     n_queries, n_keys = len(q), len(k)
-    parameters = {field.name: getattr(attend, field.name) for field in fields(attend)}
+    parameters = quadratic.formula_of(attend).parameters
     rule = RULES[type(attend).__name__]
     mask = np.ones(n_keys, bool) if key_mask is None else np.asarray(key_mask)
     rows = list(range(n_queries)) if rows is None else rows

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from linattn import backends
 from linattn.audit import bounds, families, measure, quadratic, rigorous, subjects
-from linattn.audit.truth import KINDS, PASSES, Arithmetic, Truth, extended, missing_extended, truth
+from linattn.audit.truth import KINDS, largest_error, truth
+from linattn.audit.units import PASSES, Arithmetic, Truth, extended, missing_extended
 
 __all__ = ["COLUMNS", "Case", "Figure", "cases", "key", "missing_oracles", "rooms", "survey"]
 
@@ -36,6 +37,7 @@ SAMPLED = 5  # rows of a long sequence that extended precision judges
 BALLS = ("gaussian", "student-t(2)", "norms near overflow", "norms near underflow", "constant", "v + 1e4", "real")
 NARROW = ("gaussian", "v + 1e2", "real")  # families of the 16-bit formats
 LONG_FAMILIES = ("gaussian", "constant")
+QUADRATIC = ("softmax", "blocks")  # no oracle of linear cost
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 BACKENDS = ("reference", "numba")  # rooms that take NumPy arrays
 SIZES = (0, 1, 2, 47, 48, 49, 63, 64, 65, 95, 96, 97)
@@ -46,7 +48,6 @@ class Case:
     """One call on one family of inputs, judged by one oracle."""
 
     attend: Any
-    engine: str
     kind: str  # families, sizes, balls, long
     family: str
     dtype: str
@@ -57,6 +58,10 @@ class Case:
     e: int = E
     backward: bool = True
     repeat: int = 0
+
+    @property
+    def engine(self) -> str:
+        return subjects.engine_of(self.attend)
 
     @property
     def seed(self) -> int:
@@ -100,9 +105,10 @@ COLUMNS = tuple(name.replace("passes", "pass") for name in Figure._fields)
 
 
 def rooms(engine: str, only: str | None) -> list[str]:
-    """The backends that have the engine and run here."""
+    """The backends that have all of the engine and run here."""
     asked = BACKENDS if only is None else (only,)
-    return [name for name in asked if not isinstance(backends.load(name, engine), str)]
+    files = subjects.ENGINES[engine]
+    return [name for name in asked if not any(isinstance(backends.load(name, file), str) for file in files)]
 
 
 def missing_oracles() -> dict[str, str]:
@@ -114,9 +120,9 @@ def missing_oracles() -> dict[str, str]:
 def cases(names: list[str], full: bool) -> Iterator[Case]:
     """All calls of an audit of these mechanisms, cheap ones first."""
     for name in names:
-        subject = subjects.SUBJECTS[name]
-        for attend in subject.values(TOKENS):
-            plain = Case(attend, subject.engine, "families", "gaussian", "float64", False)
+        values = subjects.SUBJECTS[name]
+        for attend in values(TOKENS):
+            plain = Case(attend, "families", "gaussian", "float64", False)
             both = [plain, replace(plain, causal=True)]
             for case in both:
                 for dtype in DTYPES[:2]:
@@ -128,19 +134,19 @@ def cases(names: list[str], full: bool) -> Iterator[Case]:
                     for n in SIZES:
                         yield replace(case, kind="sizes", dtype=dtype, n=n, m=n, d=6, e=5)
                     yield replace(case, kind="sizes", dtype=dtype, n=50, m=50, d=1, e=1)
-                    if not case.causal:
+                    if not case.causal and case.engine != "blocks":
                         yield replace(case, kind="sizes", dtype=dtype, n=7, m=130)
                         yield replace(case, kind="sizes", dtype=dtype, n=130, m=7)
                 for dtype in DTYPES[2:]:
                     for family in families.FAMILIES if full else NARROW:
                         yield replace(case, family=family, dtype=dtype)
-        if subject.engine == "softmax":
-            continue
         for n in (*LONG, *(LONGER if full else ())):
-            for attend in subject.values(n):
+            for attend in values(n):
+                if subjects.engine_of(attend) in QUADRATIC:
+                    continue
                 for family in LONG_FAMILIES:
                     for dtype in DTYPES[:2]:
-                        yield Case(attend, subject.engine, "long", family, dtype, True, n, n, backward=False)
+                        yield Case(attend, "long", family, dtype, True, n, n, backward=False)
 
 
 # -------------------------------------------------------------------------------------------- one case
@@ -234,7 +240,7 @@ def figure(
     error: Array | None = None,
 ) -> Figure:  # fmt: skip
     """The metrics of one result; `error` where something surer than a difference bounds it."""
-    n_features = case.d * getattr(case.attend, "n_sums", 1)
+    n_features = subjects.n_rows(case.attend, case.d)
     depth = bounds.depth(case.engine, backend, arithmetic.sums, n_keys=max(case.n, case.m), n_features=n_features)
     want, terms, unit = exact.value[name], exact.terms[name], exact.unit(name, arithmetic, depth)
     wide = got.astype(want.dtype)
@@ -261,7 +267,7 @@ def figure(
         nrel, ulps = measure.relative_error(*shown), measure.ulps(*shown)
     return Figure(
         repr(case.attend), name, backend, case.dtype, case.kind, case.family, case.causal, case.n, case.m, case.d,
-        case.e, n_features, bounds.chunk_of(backend), oracle, 1, ratio, werr, nrel,
+        case.e, n_features, bounds.chunk_of(backend, case.engine), oracle, 1, ratio, werr, nrel,
         *ulps, case.seed, note,
     )  # fmt: skip
 
@@ -278,8 +284,8 @@ def long_figures(case: Case, inputs: families.Inputs, where: list[str]) -> Itera
         formula = quadratic.formula_of(case.attend)
         parts = [formula(q, k, x, causal=case.causal, rows=rows) for x in (v, abs(v))]
         want, absolute, oracle = *parts, f"{np.dtype(extended(case.dtype)).name}, {len(rows)} rows"
-    arithmetic = Arithmetic(case.dtype, case.attend.normalize)
-    error = 2 * bounds.feature_error(case.attend.feature_map, hasattr(case.attend, "length"))
+    arithmetic = Arithmetic(case.dtype, getattr(case.attend, "normalize", True))
+    error = largest_error(case.attend, q, k, arithmetic)
     exact = Truth({"out": want}, {"out": absolute}, {"out": error * absolute}, {"out": np.ones(())})
     for backend in where:
         got = results(case, inputs, q, backend)["out"]
@@ -300,5 +306,6 @@ def audited(names: list[str] | None) -> list[str]:
 
 def unjudged() -> list[str]:
     """Mechanisms of the table that lack a formula, a rule for balls, or a derivative."""
-    return [name for name in subjects.SUBJECTS
-            if not (name in quadratic.FORMULAS and name in rigorous.RULES and name in KINDS)]  # fmt: skip
+    return [name for name, values in subjects.SUBJECTS.items()
+            if not (name in quadratic.FORMULAS and name in rigorous.RULES
+                    and all(subjects.engine_of(attend) in KINDS for attend in values(TOKENS)))]  # fmt: skip
