@@ -19,7 +19,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-__all__ = ["chunk_of", "depth", "feature_error", "projection_depth", "score_error"]
+__all__ = ["chunk_of", "depth", "feature_error", "gauge_bits", "projection_depth", "score_error"]
 
 FEATURE_ERROR = {"identity": 0.0, "relu": 0.0, "elu1": 2.0, "exp": 2.0}  # in u
 EXPONENTIAL = ("elu1", "exp")  # may underflow where they are not zero
@@ -98,6 +98,12 @@ def score_error(sizes: NDArray[Any], shifted: NDArray[Any], n_channels: int) -> 
     The error of the row's maximum is common to all its pairs and cancels.
     """
     return (n_channels + 2) * sizes + shifted + EXP_ERROR
+
+
+def gauge_bits(dtype: str) -> int:
+    """By how many bits a key may exceed its gauge: so much earlier than at the smallest normal number products vanish."""
+    bits: int = import_module("linattn.backends.numba._logs").BITS[8 if dtype == "float64" else 4]
+    return bits
 
 
 def projection_depth(n_channels: int) -> float:

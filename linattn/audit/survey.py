@@ -6,6 +6,8 @@ causality and seed alone make one figure, the worst of them: a sampled maximum, 
     families   149 tokens and all families, both directions          long double; float64
     sizes      0, 1, 2 and around the chunks                         the same
     balls      a few tokens, both directions                         ball arithmetic: these figures are proved
+    streams    `step_vjp` in three steps, cotangents through states   as families
+    weights    `weights`: the forward of the identity                 as families
     long       10 000 tokens; with `full` to a million, forward      sums in float64; some rows in long double
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +43,8 @@ LONG_FAMILIES = ("gaussian", "constant")
 QUADRATIC = ("softmax", "blocks")  # no oracle of linear cost
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 BACKENDS = ("reference", "numba")  # rooms that take NumPy arrays
+STREAMED = ("gaussian", "v + 1e2", "real")
+CUTS = (0, 50, 51, TOKENS)  # steps of many tokens, of one, and across a chunk
 SIZES = (0, 1, 2, 47, 48, 49, 63, 64, 65, 95, 96, 97)
 
 
@@ -48,7 +53,7 @@ class Case:
     """One call on one family of inputs, judged by one oracle."""
 
     attend: Any
-    kind: str  # families, sizes, balls, long
+    kind: str  # families, sizes, balls, streams, weights, long
     family: str
     dtype: str
     causal: bool
@@ -137,6 +142,9 @@ def cases(names: list[str], full: bool) -> Iterator[Case]:
                     if not case.causal and case.engine != "blocks":
                         yield replace(case, kind="sizes", dtype=dtype, n=7, m=130)
                         yield replace(case, kind="sizes", dtype=dtype, n=130, m=7)
+                    for family in STREAMED if case.causal else ():
+                        yield replace(case, kind="streams", family=family, dtype=dtype)
+                    yield replace(case, kind="weights", dtype=dtype, n=TOKENS // 2, m=TOKENS // 2, backward=False)
                 for dtype in DTYPES[2:]:
                     for family in families.FAMILIES if full else NARROW:
                         yield replace(case, family=family, dtype=dtype)
@@ -174,10 +182,30 @@ def results(case: Case, inputs: families.Inputs, d_out: Array, backend: str) -> 
     options = {"causal": case.causal, "backend": backend}
     if inputs.key_mask is not None:
         options["key_mask"] = inputs.key_mask
+    if case.kind == "streams":
+        return streamed(case, inputs, d_out, backend)
+    if case.kind == "weights":
+        return {"out": case.attend.weights(*inputs[:2], causal=case.causal)}
     if not case.backward:
         return {"out": case.attend(*inputs[:3], **options)}
     out, backward = case.attend.vjp(*inputs[:3], **options)
     return dict(zip(PASSES, (out, *backward(d_out)), strict=True))
+
+
+def streamed(case: Case, inputs: families.Inputs, d_out: Array, backend: str) -> dict[str, Array]:
+    """The same through states: forward step by step, and back from the last step to the first."""
+    q, k, v = inputs[:3]
+    steps: list[Any] = []
+    state = case.attend.init_state(k, v)
+    for a, b in pairwise(CUTS):
+        y, state, backward = case.attend.step_vjp(q[a:b], k[a:b], v[a:b], state, backend=backend)
+        steps.append((slice(a, b), y, backward))
+    d_state, grads = None, []
+    for part, _, backward in reversed(steps):
+        *d_qkv, d_state = backward(d_out[part], d_state)
+        grads.append(d_qkv)
+    columns = [y for _, y, _ in steps], *zip(*reversed(grads), strict=True)
+    return {name: np.concatenate(column) for name, column in zip(PASSES, columns, strict=True)}
 
 
 def survey(names: list[str], *, backend: str | None = None, full: bool = False, step: Step) -> list[Figure]:
@@ -222,15 +250,17 @@ def figures_of(case: Case, where: list[str]) -> Iterator[Figure]:
     if case.kind == "long":
         yield from long_figures(case, inputs, where)
         return
-    arithmetic = Arithmetic(case.dtype, getattr(case.attend, "normalize", True))
+    arithmetic = Arithmetic(case.dtype, getattr(case.attend, "normalize", True), case.kind == "streams")
+    if case.kind == "weights":
+        inputs, d_out = inputs._replace(v=np.eye(case.m, dtype=d_out.dtype)), np.zeros((case.n, case.m), d_out.dtype)
     exact = truth(case.attend, *inputs[:3], d_out, arithmetic, causal=case.causal, key_mask=inputs.key_mask)
     balls, oracle = None, np.dtype(extended(case.dtype)).name
     if case.kind == "balls" and not exact.unclaimed:
         *args, g = (x.astype(float) for x in (*inputs[:3], d_out))
         balls, oracle = rigorous.enclose(case.attend, *args, causal=case.causal, d_out=g), "balls"
-    for backend in where:
+    for backend in where[:1] if case.kind == "weights" else where:  # `weights` has one room
         got = results(case, inputs, d_out, backend)
-        for name in PASSES:
+        for name in got:
             error = None if balls is None else rigorous.distance(got[name].astype(float), getattr(balls, name))
             yield figure(case, backend, name, got[name], exact, arithmetic, oracle, error)
 
@@ -242,6 +272,7 @@ def figure(
     """The metrics of one result; `error` where something surer than a difference bounds it."""
     n_features = subjects.n_rows(case.attend, case.d)
     depth = bounds.depth(case.engine, backend, arithmetic.sums, n_keys=max(case.n, case.m), n_features=n_features)
+    depth += len(CUTS) if case.kind == "streams" else 0  # a state is rounded once where it is handed on
     want, terms, unit = exact.value[name], exact.terms[name], exact.unit(name, arithmetic, depth)
     wide = got.astype(want.dtype)
     error = abs(wide - want) if error is None else error
@@ -261,6 +292,7 @@ def figure(
     unclaimed = exact.unclaimed if name == "out" else exact.unclaimed_backward
     if unclaimed:
         ratio, note = None, unclaimed
+        error = np.where(case.kind == "balls", 0, error)  # no ball was made: this case counts in none of its figures
     with np.errstate(all="ignore"):
         werr = float(np.max(np.where(counts, error / (2.0**-bits * terms + 2.0**exponent), 0), initial=0))
         shown = np.where(in_range, wide, 0).astype(got.dtype), np.where(in_range, want, 0)

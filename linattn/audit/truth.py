@@ -66,7 +66,7 @@ def by_features(
             raise ValueError(f'the bound holds for eps="safe", got {attend.eps!r}.')
         den = a.sum(axis=1, keepdims=True)
         alive = den != 0
-        vc, size_vc = centred(v, visible, arithmetic.u)
+        vc, size_vc = centred(v, visible, arithmetic)
     else:
         den = np.ones((len(q), 1), q.dtype)
         alive = den > 0

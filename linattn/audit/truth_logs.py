@@ -102,7 +102,7 @@ def by_logs(
     den = a.sum(axis=(1, 2), keepdims=True)
     p = np.where(den == 0, 0, a / np.where(den == 0, 1, den))  # (N, M, R), its sum over s and r is 1
     weights = p.sum(axis=2)
-    vc, size_vc = centred(v, visible, arithmetic.u)
+    vc, size_vc = centred(v, visible, arithmetic)
     h, size_h = g @ vc.T, (abs(g) @ size_vc.T).astype(float)
     size, small = p.astype(float), weights.astype(float)
     size_h = size_h + (small * size_h).sum(axis=1, keepdims=True)
@@ -132,7 +132,8 @@ def by_logs(
     errors["d_q"], errors["d_k"] = back(of_d_l)
 
     most_v, most_g = 1 + abs(v).max(initial=0), 1 + abs(g).max(initial=0)
-    lost = np.ones(()) * (1 + size.shape[1] * size.shape[2]) * most_v  # products below the range; 1/2 <= den
+    # products below the range: 1/2 <= den, and a key's feature, up to 2^G, may meet a query's that has vanished
+    lost = np.ones(()) * 2.0 ** bounds.gauge_bits(arithmetic.sums) * (1 + size.shape[1] * size.shape[2]) * most_v
     steep_q, steep_k = (1 + x.max(initial=0) for x in (of.slopes_q, of.slopes_k))
     underflow = {
         "out": lost,

@@ -28,7 +28,7 @@ def by_scores(
     a = np.where(visible, np.exp(shifted), 0)
     den = a.sum(axis=1, keepdims=True)
     p = np.where(den == 0, 0, a / np.where(den == 0, 1, den))
-    vc, size_vc = centred(v, visible, arithmetic.u)
+    vc, size_vc = centred(v, visible, arithmetic)
     h, size_h = g @ vc.T, abs(g) @ size_vc.T
     H, size_H = ((p * x).sum(axis=1, keepdims=True) for x in (h, size_h))
     d_s, size_d_s = p * (h - H), p * (size_h + size_H)

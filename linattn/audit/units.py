@@ -72,6 +72,7 @@ class Arithmetic:
 
     dtype: str
     normalize: bool = True
+    through_states: bool = False
 
     @property
     def sums(self) -> str:
@@ -90,13 +91,17 @@ class Arithmetic:
         return float(np.finfo(self.sums).max)
 
 
-def centred(v: Array, visible: NDArray[np.bool_], u: float) -> tuple[Array, Array]:
-    """v - mu, and its size: |v - mu| and what the rounding of mu, a sum of M terms, may add to it."""
+def centred(v: Array, visible: NDArray[np.bool_], arithmetic: Arithmetic) -> tuple[Array, Array]:
+    """v - mu, and its size: |v - mu| and what the rounding of mu, a sum of M terms, may add to it.
+
+    A state is a sum of the values as they are: what comes out of one has the size |v|.
+    """
     seen = visible.any(axis=0)
     if not seen.any():
         return v, abs(v)
     vc = v - v[seen].mean(axis=0)
-    return vc, abs(vc) + u * seen.sum() * abs(v[seen]).mean(axis=0)
+    size = abs(vc) + arithmetic.u * seen.sum() * abs(v[seen]).mean(axis=0)
+    return vc, size + abs(v) if arithmetic.through_states else size
 
 
 def pulled_back(
