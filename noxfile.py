@@ -49,6 +49,12 @@ def audit(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Faults of one line in the real code, each of which a named test must find; with arguments, some of them."""
+    session.run("python", "scripts/mutate.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Tests, then asv on the installed package: speed only on green."""
     tests(session)

@@ -1,6 +1,6 @@
 """The drill: named faults of one line, each put into a copy of the real code, each of which a named test must find.
 
-    python scripts/mutate.py                 all of them; a quarter of an hour
+    python scripts/mutate.py                 all of them; some minutes
     python scripts/mutate.py --sample        those that CI tries; under three minutes
     python scripts/mutate.py NAME ...        some
     python scripts/mutate.py --list
@@ -13,22 +13,25 @@ list follows the code.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("linattn", "tests", "pyproject.toml", "docs/measured", "scripts", "README.md", ".ci")
-SECONDS = 240  # a fault may make tests hang: that is found as well
-RED, GREEN = 1, 0  # pytest: some failed, all passed; anything else is neither
+LOADED = ("pytest", "numpy", "numpy.ma", "numba", "ml_dtypes", "array_api_strict", "array_api_compat.numpy",
+          "array_api_extra", "mpmath", "threadpoolctl")  # fmt: skip
+SECONDS, TICK = 240, 0.05  # a fault may make tests hang: that is found as well
+LOG = "log.txt"
+RED, GREEN, CRASHED = 1, 0, 3  # pytest: some failed, all passed; anything else is neither
 
 
 class Fault(NamedTuple):
@@ -47,29 +50,73 @@ FAULTS = [Fault(**fault) for fault in tomllib.loads((ROOT / "scripts" / "faults.
 
 
 def copy(to: Path) -> None:
-    """What the tests need, without what was compiled."""
+    """What the tests need. Compiled kernels come along: a changed source of theirs has others."""
     for name in COPIED:
         source, target = ROOT / name, to / name
         if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc"))
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.pyc"))
         elif source.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
 
 
-def pytest(folder: Path, what: Iterable[str]) -> tuple[int, list[str]]:
-    """The exit status, and what pytest says at its end; a run that hangs is red."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-rf", *what]
+def load() -> None:
+    """All that tests import but the library itself: loaded once, and forked for each fault."""
     one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
-    changes = {**os.environ, **one, "PYTHONPATH": str(folder), "CI": "true", "COLUMNS": "1000"}
-    changes.pop("NUMBA_CACHE_DIR", None)
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=changes, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
+    os.environ.update(one, CI="true", COLUMNS="1000", PYTHONDONTWRITEBYTECODE="1")
+    os.environ.pop("NUMBA_CACHE_DIR", None)
+    sys.dont_write_bytecode = True
+    for name in LOADED:
+        importlib.import_module(name)
+
+
+class Run(NamedTuple):
+    """A child that tests a copy, with a fault or without."""
+
+    child: int
+    folder: Path
+    start: float
+    fault: Fault | None = None
+    before: str = ""  # what stood where the fault is
+
+    def begun(folder: Path, what: list[str], fault: Fault | None = None, before: str = "") -> Run:  # noqa: N805
+        child = os.fork()
+        if child == 0:
+            run_here(folder, ["-x", "-q", "--no-header", "--tb=no", "-rf", *what])
+        return Run(child, folder, time.perf_counter(), fault, before)
+
+    def ended(self) -> tuple[int, list[str]] | None:
+        """The exit status and what pytest said, None while it goes on; a run that hangs is red."""
+        done, status = os.waitpid(self.child, os.WNOHANG)
+        if done:
+            said = (self.folder / LOG).read_text(encoding="utf-8").strip().splitlines()
+            return os.waitstatus_to_exitcode(status), said or [""]
+        if time.perf_counter() - self.start < SECONDS:
+            return None
+        os.killpg(self.child, signal.SIGKILL)
+        os.waitpid(self.child, 0)
         return RED, [f"took more than {SECONDS} s"]
-    return done.returncode, (done.stdout + done.stderr).strip().splitlines() or [""]
+
+
+def run_here(folder: Path, what: list[str]) -> NoReturn:
+    """In the child: pytest on the copy, all output to a file. Ends the process."""
+    status = CRASHED
+    try:
+        os.setpgid(0, 0)
+        with (folder / LOG).open("wb") as stream:
+            for number in (1, 2):
+                os.dup2(stream.fileno(), number)
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+        os.chdir(folder)
+        os.environ["PYTHONPATH"] = str(folder)
+        sys.path.insert(0, str(folder))
+        status = int(importlib.import_module("pytest").main(what))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def spoil(folder: Path, fault: Fault) -> str:
@@ -84,32 +131,39 @@ def spoil(folder: Path, fault: Fault) -> str:
 
 def drill(faults: list[Fault]) -> int:
     """Try them, two at a time; the number of survivors."""
+    load()
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
-        folders = [Path(name) / str(i) for i in range(min(2, os.cpu_count() or 1, len(faults)))]
-        for folder in folders:
+        free = [Path(name) / str(i) for i in range(min(2, os.cpu_count() or 1, len(faults)))]
+        for folder in free:
             copy(folder)
-        free, found = list(folders), []
-
-        def tried(fault: Fault) -> bool:
-            folder = free.pop()
-            before = spoil(folder, fault)
-            start = time.perf_counter()
-            try:
-                status, lines = pytest(folder, [*fault.test.split(), *(["-k", fault.select] if fault.select else [])])
-            finally:
-                (folder / fault.file).write_text(before, encoding="utf-8")
-                free.append(folder)
-            verdict = {RED: "found", GREEN: "SURVIVED"}.get(status, f"NOT RUN ({status})")
-            print(f"{verdict:9} {time.perf_counter() - start:5.1f} s  {fault.name}: {lines[-1]}", flush=True)
-            found.extend(line[len("FAILED ") :].split(" - ")[0] for line in lines if line.startswith("FAILED "))
-            return status == RED
-
-        with ThreadPoolExecutor(len(folders)) as pool:
-            survivors = sum(not red for red in pool.map(tried, faults))
+        waiting, running, found, survivors = list(faults), [], [], 0
+        while waiting or running:
+            while waiting and free:
+                fault, folder = waiting.pop(0), free.pop()
+                tests = [*fault.test.split(), *(["-k", fault.select] if fault.select else [])]
+                running.append(Run.begun(folder, tests, fault, spoil(folder, fault)))
+            time.sleep(TICK)
+            for run in list(running):
+                end = run.ended()
+                if end is None or run.fault is None:
+                    continue
+                running.remove(run)
+                (run.folder / run.fault.file).write_text(run.before, encoding="utf-8")
+                free.append(run.folder)
+                status, lines = end
+                verdict = {RED: "found", GREEN: "SURVIVED"}.get(status, f"NOT RUN ({status})")
+                print(
+                    f"{verdict:9} {time.perf_counter() - run.start:5.1f} s  {run.fault.name}: {lines[-1]}", flush=True
+                )
+                found += [line[len("FAILED ") :].split(" - ")[0] for line in lines if line.startswith("FAILED ")]
+                survivors += status != RED
         # what was red with a fault must be green without one
-        status, lines = pytest(folders[0], dict.fromkeys(found))
-        print(f"without a fault: {lines[-1]}", flush=True)
-        if found and status != GREEN:
+        whole, end = Run.begun(free[0], list(dict.fromkeys(found))), None
+        while end is None:
+            time.sleep(TICK)
+            end = whole.ended()
+        print(f"without a fault: {end[1][-1]}", flush=True)
+        if found and end[0] != GREEN:
             raise SystemExit("Without any fault the tests must be green; nothing is shown.")
         return survivors
 

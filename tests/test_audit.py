@@ -107,8 +107,8 @@ def test_distance_is_an_upper_bound_that_no_nan_passes():
 def test_sampled_oracles_are_inside_the_balls(attend, causal, family, rng):
     """Value and cotangents of both precisions, in units of the sums of absolute terms."""
     for dtype, u in (("float32", U64), ("float64", 2.0**-64)):
-        q, k, v, _ = families.draw(family, rng, 9, 9, 3, 2, dtype)
-        g = rng.normal(size=(9, 2)).astype(dtype)
+        q, k, v, _ = families.draw(family, rng, 6, 6, 3, 2, dtype)
+        g = rng.normal(size=(6, 2)).astype(dtype)
         exact = truth.truth(attend, q, k, v, g, Arithmetic(dtype, getattr(attend, "normalize", True)), causal=causal)
         if exact.unclaimed:
             continue

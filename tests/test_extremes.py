@@ -7,7 +7,17 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import BACKENDS, FLOAT64, MAIN, Case, assert_bits, assert_close, assert_gradients_close, values_on_backends
+from cases import (
+    BACKENDS,
+    FLOAT64,
+    MAIN,
+    Case,
+    assert_bits,
+    assert_close,
+    assert_gradients_close,
+    has_blocks,
+    values_on_backends,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +39,7 @@ def numbers(draw, n_most=8):
     dtype = draw(st.sampled_from(["float64", "float32"]))
     causal = draw(st.booleans())
     n = draw(st.integers(1, n_most))
-    m = n if causal else draw(st.integers(1, n_most))
+    m = n if causal or has_blocks(attend) else draw(st.integers(1, n_most))
     d, e = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     limits = np.finfo(dtype)

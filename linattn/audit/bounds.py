@@ -5,7 +5,8 @@ Features are non-negative, `eps` is "safe", u is the unit roundoff of the arithm
     |got - out| <= 2 (D + 2 e / u) u A|v|        to first order in u
 
 D      `depth`: roundings that a term passes from its factors to its place in a sum, however the sum is cut
-e      `feature_error`: relative error of a feature; under softmax 2 e is the absolute error of a score
+e      `feature_error`: relative error of a feature, which for exp(l) is the absolute error of l; under softmax 2 e is
+       that of a score
 
 No condition number enters: the denominator adds terms of one sign. Without a denominator it is half of this. The audit
 prints T = error / ((D + 2 e / u) u A|v|): the proof gives 2, and the audit fails at 1.
@@ -101,7 +102,7 @@ def score_error(sizes: NDArray[Any], shifted: NDArray[Any], n_channels: int) -> 
 
 
 def gauge_bits(dtype: str) -> int:
-    """By how many bits a key may exceed its gauge: so much earlier than at the smallest normal number products vanish."""
+    """By how many bits a key may exceed its gauge: products vanish so much above the smallest normal number."""
     bits: int = import_module("linattn.backends.numba._logs").BITS[8 if dtype == "float64" else 4]
     return bits
 
