@@ -79,12 +79,6 @@ class Run(NamedTuple):
     fault: Fault | None = None
     before: str = ""  # what stood where the fault is
 
-    def begun(folder: Path, what: list[str], fault: Fault | None = None, before: str = "") -> Run:  # noqa: N805
-        child = os.fork()
-        if child == 0:
-            run_here(folder, ["-x", "-q", "--no-header", "--tb=no", "-rf", *what])
-        return Run(child, folder, time.perf_counter(), fault, before)
-
     def ended(self) -> tuple[int, list[str]] | None:
         """The exit status and what pytest said, None while it goes on; a run that hangs is red."""
         done, status = os.waitpid(self.child, os.WNOHANG)
@@ -98,6 +92,13 @@ class Run(NamedTuple):
         return RED, [f"took more than {SECONDS} s"]
 
 
+def begun(folder: Path, what: list[str], fault: Fault | None = None, before: str = "") -> Run:
+    child = os.fork()
+    if child == 0:
+        run_here(folder, ["-x", "-q", "--no-header", "--tb=no", "-rf", *what])
+    return Run(child, folder, time.perf_counter(), fault, before)
+
+
 def run_here(folder: Path, what: list[str]) -> NoReturn:
     """In the child: pytest on the copy, all output to a file. Ends the process."""
     status = CRASHED
@@ -106,7 +107,6 @@ def run_here(folder: Path, what: list[str]) -> NoReturn:
         with (folder / LOG).open("wb") as stream:
             for number in (1, 2):
                 os.dup2(stream.fileno(), number)
-        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
         os.chdir(folder)
         os.environ["PYTHONPATH"] = str(folder)
         sys.path.insert(0, str(folder))
@@ -141,7 +141,7 @@ def drill(faults: list[Fault]) -> int:
             while waiting and free:
                 fault, folder = waiting.pop(0), free.pop()
                 tests = [*fault.test.split(), *(["-k", fault.select] if fault.select else [])]
-                running.append(Run.begun(folder, tests, fault, spoil(folder, fault)))
+                running.append(begun(folder, tests, fault, spoil(folder, fault)))
             time.sleep(TICK)
             for run in list(running):
                 end = run.ended()
@@ -158,7 +158,7 @@ def drill(faults: list[Fault]) -> int:
                 found += [line[len("FAILED ") :].split(" - ")[0] for line in lines if line.startswith("FAILED ")]
                 survivors += status != RED
         # what was red with a fault must be green without one
-        whole, end = Run.begun(free[0], list(dict.fromkeys(found))), None
+        whole, end = begun(free[0], list(dict.fromkeys(found))), None
         while end is None:
             time.sleep(TICK)
             end = whole.ended()

@@ -37,7 +37,8 @@ import linattn as la
 rng = np.random.default_rng(5)
 many = rng.normal(size=(4, 8, 512, 64)).astype("float32")
 one = rng.normal(size=(4, 1, 4096, 64)).astype("float32")  # a single head is shared out as well
-JOBS = [(la.Linear(), many), (la.CosFormer(512), many), (la.Softmax(), many), (la.Linear("relu"), one)]
+JOBS = [(la.Linear(), many), (la.CosFormer(512), many), (la.Softmax(), many), (la.Linear("relu"), one),
+        (la.LLN(alpha=0.8, beta=0.6), many)]
 def said(attend, args):
     out, backward = attend.vjp(*args[:3], causal=True, backend="numba")
     return hashlib.sha256(b"".join(x.tobytes() for x in (out, *backward(args[3])))).hexdigest()
@@ -280,13 +281,6 @@ def test_a_folder_of_somebody_else(folder, monkeypatch):
     compiled()
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert "writable by others" in compiled()[0]
-
-
-def test_the_switch(folder, monkeypatch):
-    monkeypatch.setenv("LINATTN_NUMBA_CACHE", "0")
-    assert compiled() == []
-    assert files(folder, "*") == []
-    assert _jit.cache_status() == "off: LINATTN_NUMBA_CACHE=0"
 
 
 def test_a_read_only_install_without_a_home(monkeypatch, tmp_path):
