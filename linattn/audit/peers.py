@@ -75,7 +75,7 @@ def soft(x: Array, axis: int) -> Array:
 def softmax_weights(causal: bool) -> Callable[[Array, Array], Array]:
     def weights(q: Array, k: Array) -> Array:
         s = q @ k.T / q.shape[1] ** 0.5
-        return soft(np.where(np.tri(*s.shape, dtype=bool), s, -np.inf) if causal else s, 1)
+        return soft(np.where(np.tri(*s.shape) > 0, s, -np.inf) if causal else s, 1)
 
     return weights
 
