@@ -34,7 +34,7 @@ CONTAINED = [
 ]
 N = max(CHUNKS) + 6
 BORDERS = sorted({1, 20, N - 1} | {t + i for t in CHUNKS for i in (-1, 0, 1)})
-BEHIND = N % CHUNKS[-1] + 1  # where a ragged chunk leaves what the one before it had
+BEHIND = N - CHUNKS[-1] + 1  # where a ragged chunk leaves what the one before it had
 NEAR = 1e-14  # rows that do not see a bad token: a room may do them another way, not to another result
 
 
