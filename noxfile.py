@@ -42,6 +42,19 @@ def measure(session: nox.Session) -> None:
 
 
 @nox.session
+def audit(session: nox.Session) -> None:
+    """Every mechanism against its error bound, into the tables of docs/audit; with arguments, the command itself."""
+    files = ("--json", "docs/measured/audit.json", "--md", "docs/measured/audit.rst", "--peers")
+    session.run("python", "-m", "linattn", "audit", *(session.posargs or files), env=ONE_THREAD)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Faults of one line in the real code, each of which a named test must find; with arguments, some of them."""
+    session.run("python", "scripts/mutate.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Tests, then asv on the installed package: speed only on green."""
     tests(session)

@@ -1,4 +1,4 @@
-"""The command line: `python -m linattn compare` and `python -m linattn info`."""
+"""The command line: `python -m linattn compare`, `audit` and `info`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,22 @@ def build_parser() -> Parser:
         "--plot", metavar="OUT.png", help="draw the weights side by side, and time against length (png, pdf or svg)"
     )
     compare.add_argument("--json", metavar="OUT", help="write all numbers, and the versions, to this file")
+
+    audit = commands.add_parser(
+        "audit",
+        help="measure every mechanism against its proved error bound, over inputs chosen to break it",
+        description="Measure every mechanism, forward and backward, against its proved error bound and against "
+        "rigorous enclosures. Exit status: 0 within the bounds, 1 outside, 2 if it cannot run.",
+    )
+    audit.add_argument("--mechanism", nargs="+", action="extend", metavar="NAME", help="only these")
+    audit.add_argument("--backend", metavar="B", help="only this one: reference or numba")
+    how_much = audit.add_mutually_exclusive_group()
+    how_much.add_argument("--quick", action="store_true", help="a minute or two, the default")
+    how_much.add_argument("--full", action="store_true", help="more seeds and a million tokens: up to an hour")
+    audit.add_argument("--json", metavar="F", help="write all figures, and what they were measured on, to this file")
+    audit.add_argument("--md", metavar="F", help="write the tables: Markdown, or reStructuredText if it ends in .rst")
+    audit.add_argument("--against", metavar="FILE", help="fail if a figure of this earlier --json has grown")
+    audit.add_argument("--peers", action="store_true", help="measure other libraries that are installed, too")
 
     commands.add_parser("info", help="versions, backends and why one is missing, processor, threads, kernel cache")
     return parser
@@ -116,6 +132,32 @@ def compare(arguments: argparse.Namespace) -> None:
     table.show(result, console if console.is_terminal else Console(width=max(console.width, table.WIDTH)))
 
 
+def audit(arguments: argparse.Namespace) -> int:
+    """All checks first; 1 if a limit is broken."""
+    from rich.console import Console
+
+    json_file, text_file = writable("--json", arguments.json), writable("--md", arguments.md)
+
+    from linattn._cli import audit as job
+
+    names = job.mechanisms(arguments.mechanism)
+    notes, before = job.check_backend(arguments.backend, names), job.committed(arguments.against)
+    with progress_bar() as bar:
+        task = bar.add_task("", total=job.count_steps(names, arguments.full, arguments.peers))
+
+        def step(what: str) -> None:
+            bar.update(task, description=what, advance=1)
+
+        report = job.audit(names, arguments.backend, arguments.full, before, notes, arguments.peers, step)
+    if json_file is not None:
+        write(json_file, job.as_json(report))
+    if text_file is not None:
+        write(text_file, job.text(report, text_file))
+    console = Console()
+    job.show(report, console if console.is_terminal else Console(width=max(console.width, job.WIDTH)))
+    return 1 if report.faults else 0
+
+
 def progress_bar() -> Any:
     """On stderr, gone when done; silent where stderr is no terminal."""
     from rich.console import Console
@@ -135,12 +177,17 @@ def write(path: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it is done, 2 if it cannot be done, with one sentence on stderr that says why."""
+    """Run one command; 0 if it is done, 2 if it cannot be done, with one sentence on stderr that says why.
+
+    An audit that finds a limit broken gives 1.
+    """
     parser = build_parser()
     try:
         arguments = parser.parse_args(argv)
         if arguments.command == "compare":
             compare(arguments)
+        elif arguments.command == "audit":
+            return audit(arguments)
         elif arguments.command == "info":
             from rich.console import Console
 
@@ -148,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             info.show(Console())
         else:
-            raise Refused("A command must be given, `compare` or `info`, got none: see --help.")
+            raise Refused("A command must be given, `compare`, `audit` or `info`, got none: see --help.")
     except Refused as refused:
         print(refused, file=sys.stderr)
         return 2

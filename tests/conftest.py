@@ -34,11 +34,16 @@ def pytest_addoption(parser):
     parser.addoption(
         "--array-backend", action="append", choices=sorted(ARRAY_LIBRARIES), help="only these array libraries"
     )
+    parser.addoption("--slow", action="store_true", help="also the tests that need gigabytes or minutes")
     parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the libraries that were not asked for."""
+    """Leave out the libraries that were not asked for, and what is slow."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     chosen = config.getoption("--array-backend")
     if not chosen:
         return

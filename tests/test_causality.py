@@ -35,6 +35,7 @@ CONTAINED = [
 ]
 N = max(CHUNKS) + 6
 BORDERS = sorted({1, 20, N - 1} | {t + i for t in CHUNKS for i in (-1, 0, 1)})
+BEHIND = N - CHUNKS[-1] + 1  # where a ragged chunk leaves what the one before it had
 NEAR = 1e-14  # rows that do not see a bad token: a room may do them another way, not to another result
 
 
@@ -189,7 +190,7 @@ def test_a_bad_value_stays_in_its_column(attend, backend, causal, bad, rng):
 @pytest.mark.parametrize("attend, backend", values_on_backends(CONTAINED))
 def test_a_bad_query_spoils_its_own_row(attend, backend, causal, bad, rng):
     args, _, options = drawn(attend, rng, causal)
-    for t in (0, 5, CHUNKS[0], N - 1):
+    for t in (0, 5, BEHIND, CHUNKS[0], N - 1):
         out, want, clean = spoiled(attend, args, options, 0, t, bad, backend)
         others = np.arange(N) != t
         assert_bits(out[:, others], clean[:, others])
@@ -212,7 +213,7 @@ def test_a_bad_cotangent_goes_to_its_query_and_to_the_keys_it_sees(attend, backe
     args, d_out, options = drawn(attend, rng, causal)
     q, k, _ = args
     first = both_directions(attend, args, d_out, options, backend)
-    for t in (5, CHUNKS[0], N - 1):
+    for t in (5, BEHIND, CHUNKS[0], N - 1):
         moved = d_out.copy()
         moved[0, t, 1] = bad
         _, d_q, d_k, d_v = both_directions(attend, args, moved, options, backend)

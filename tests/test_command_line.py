@@ -327,7 +327,7 @@ def test_bad_options(small, capsys, tmp_path):
     path = folder / "plain.npz"
     layers = folder / "layers.npz"
     for argv, text in (
-        ([], "A command must be given, `compare` or `info`, got none"),
+        ([], "A command must be given, `compare`, `audit` or `info`, got none"),
         (["paint"], "invalid choice: 'paint'"),
         (["compare", "--wrong"], "nrecognized arguments: --wrong"),
         (["compare", path, "--layer", "two"], "--layer: must be a layer's number, got 'two'"),

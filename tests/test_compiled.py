@@ -132,6 +132,7 @@ def test_flags_can_delete_the_compensation(flags, keeps):
 
 def test_the_rooms_flags_are_the_exact_ones():
     assert _jit.EXACT["fastmath"] == {"contract"}
+    assert _jit.EXACT["error_model"] == _jit.SUM["error_model"] == "numpy"  # 0 / 0 is NaN and no ZeroDivisionError
     assert _jit.SUM["fastmath"] <= {"contract", "reassoc"}
     assert "parallel" not in _jit.EXACT | _jit.SUM
 

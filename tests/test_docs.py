@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,37 @@ def test_pages_include_tables_that_exist():
     for file in (ROOT / "docs").rglob("*.rst"):
         for name in re.findall(r"include:: (\S+)", file.read_text(encoding="utf-8")):
             assert (file.parent / name).resolve().exists(), f"{file.name}: {name}"
+
+
+def test_every_promise_has_its_tests():
+    """The page names tests that exist, and at least one for each line."""
+    page = text("docs/promises.rst")
+    named = re.findall(r"``(test_\w+\.py)::(test_\w+)``", page)
+    sources = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py")}
+    assert [f"{file}::{name}" for file, name in named if f"\ndef {name}(" not in sources.get(file, "")] == []
+    lines = re.findall(r"^   \* - (.*)\n     - (.*)$", page, flags=re.MULTILINE)
+    assert len(lines) > 40
+    assert [what for what, held_by in lines if held_by != "held by" and "::test_" not in held_by] == []
+
+
+def test_ci_installs_known_files():
+    """Each requirement of CI's environment is pinned to one file by its hash, at or above its floor."""
+    project = tomllib.loads(text("pyproject.toml"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in ("test", "docs", "bench", "dev", "jax") for line in extras[extra]),
+    ]
+    first, *lines = text(".ci/constraints.txt").splitlines()
+    assert re.fullmatch(r"# CPython 3\.\d+ [\w-]+: written by scripts/pin\.py; not by hand\.", first)
+    pinned = dict(re.fullmatch(r"([\w-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups() for line in lines)
+    for line in wanted:
+        name, floor = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?(?:>=([\d.]+))?", line).groups()
+        name = name.replace("_", "-").lower()
+        if name != "linattn":
+            assert numbers(pinned[name]) >= numbers(floor or "0"), line
+    assert "--require-hashes -r .ci/constraints.txt" in text(".ci/run")
+
+
+def numbers(version):
+    return [int(part) for part in re.findall(r"\d+", version)]

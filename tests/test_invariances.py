@@ -10,6 +10,7 @@ from cases import (
     BACKENDS,
     BOTH_SIDES,
     CASES,
+    CHUNKS,
     FLOAT64,
     LENGTH,
     MAIN,
@@ -334,6 +335,23 @@ def test_a_masked_key_is_a_removed_key(attend, backend, hidden, rng):
     assert_gradients_close((got[1], got[2][:, seen], got[3][:, seen]), want[1:])
     assert not got[2][:, ~seen].any()
     assert not got[3][:, ~seen].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("attend, backend", values_on_backends([attend for attend in MAIN if not has_blocks(attend)]))
+def test_what_a_hidden_key_holds_changes_no_bit(attend, backend, causal, rng):
+    """Of results and gradients, over a chunk and a part of the next."""
+    n = CHUNKS[-1] + 9
+    case = Case(attend, causal=causal, n=n, m=n)
+    (q, k, v), options = case.draw(rng)
+    d_out, seen = case.cotangent(rng), rng.random(n) > 0.4
+    results = []
+    for hidden in (0.0, np.nan, np.inf):
+        k[:, ~seen], v[:, ~seen] = hidden, hidden
+        results.append(both_directions(attend, (q, k, v), d_out, options | {"key_mask": seen}, backend))
+    for got in results[1:]:
+        for x, want in zip(got, results[0], strict=True):
+            assert_bits(x, want)
 
 
 @pytest.mark.parametrize("attend, backend", streams_on_backends(MASKABLE))

@@ -313,6 +313,16 @@ def write(file, members, **options):
             archive.writestr(name, data)
 
 
+def test_a_member_that_comes_twice_is_refused(members, tmp_path):
+    """Readers differ in which of the two they take."""
+    file = tmp_path / "twice.npz"
+    write(file, members)
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("sums.npy", members["sums.npy"])
+    with pytest.raises(ValueError, match="is not a linattn state: it must hold"):
+        la.load_state(file)
+
+
 def with_header(members, **changes):
     """The members with other entries in the header; None takes an entry out."""
     header = json.loads(np.load(BytesIO(members["header.npy"])).tobytes())

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from linattn.audit.loglinear import log_weights
+from linattn.audit.loglinear import exponentials, log_weights
 
-__all__ = ["chi_of", "lln", "lln_diag", "log_variance", "scales"]
+__all__ = ["chi_of", "lln", "lln_diag", "lln_features", "log_variance", "scales"]
 
 Array = NDArray[Any]
 
@@ -61,6 +61,12 @@ def lln_diag(q: Array, k: Array, pairs: Any, *, block: int | None = None, ratio:
     ratio = np.asarray(ratio, dtype=float)[..., None, None]
     ratio = np.where(np.any(near, axis=-1, keepdims=True), ratio, 1.0)
     return ratio * lln(q, k, pairs, **parameters) + (1 - ratio) * g
+
+
+def lln_features(q: Array, k: Array, *, alpha: Any, beta: Any, **_: Any) -> tuple[Array, Array]:
+    """Phi with A[t, s] = Phi_q[t] . Phi_k[s] over its sum, for given scales."""
+    alpha, beta = (np.asarray(x, dtype=float)[..., None, None] for x in (alpha, beta))
+    return exponentials(alpha * q, beta * k)
 
 
 # ------------------------------------------------------------------------------------------------ the scales

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["log_similarity", "log_weights"]
+__all__ = ["exponentials", "log_similarity", "log_weights"]
 
 Array = NDArray[Any]
 PAIRS = 1 << 22  # entries of a block of exponentials
@@ -45,3 +45,12 @@ def log_weights(lq: Array, lk: Array, visible: NDArray[np.bool_]) -> Array:
     a, _ = log_similarity(lq, lk, visible)
     den = np.sum(a, axis=-1, keepdims=True)
     return np.where(den == 0, 0, a / np.where(den == 0, 1, den))
+
+
+def exponentials(lq: Array, lk: Array) -> tuple[Array, Array]:
+    """exp(lq + m - c), exp(lk - m): m_r = max_s lk[s, r] and c_t = max_r (lq[t, r] + m_r) cancel in the weights."""
+    if lk.shape[-2] * lk.shape[-1] == 0:
+        return np.exp(lq), np.exp(lk)
+    m = np.max(lk.real, axis=-2, keepdims=True)
+    c = np.max(lq.real + m, axis=-1, keepdims=True)
+    return np.exp(lq + m - c), np.exp(lk - m)

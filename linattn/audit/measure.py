@@ -167,7 +167,9 @@ def by_pairs(attend: Any, q: Array, k: Array, v: Array, *, rows: Array, **option
 
 
 def has_positive_features(attend: Any) -> bool:
-    return type(attend).__name__ in quadratic.FEATURES and attend.feature_map in ("relu", "elu1", "exp")
+    """Whether sums of features are as good as pairs; exponentials are not where their exponents are thousands."""
+    plain = getattr(attend, "feature_map", None) in ("relu", "elu1", "exp")
+    return plain and type(attend).__name__ in quadratic.FEATURES
 
 
 def by_sums(
@@ -200,8 +202,8 @@ def by_sums(
         num = phi_q @ (quadratic.transpose(phi_k) @ v1)
     n_columns = v.shape[-1]
     out, absolute, den = num[..., :n_columns], num[..., n_columns:-1], num[..., -1:]
-    if parameters["normalize"]:
-        c = quadratic.divisor(den, parameters["eps"])
+    if parameters.get("normalize", True):
+        c = quadratic.divisor(den, parameters["eps"] if "normalize" in parameters else "safe")
         dead = np.equal(c, 0)
         out, absolute = (np.where(dead, 0, x / np.where(dead, 1, c)) for x in (out, absolute))
     return Answer(out, absolute)

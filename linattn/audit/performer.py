@@ -15,9 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from linattn.audit.loglinear import log_weights
+from linattn.audit.loglinear import exponentials, log_weights
 
-__all__ = ["FUNCTIONS", "general_features", "google_jax", "log_features", "performer", "performer_pytorch"]
+__all__ = [
+    "FUNCTIONS",
+    "general_features",
+    "google_jax",
+    "log_features",
+    "performer",
+    "performer_features",
+    "performer_pytorch",
+]
 
 Array = NDArray[Any]
 
@@ -97,7 +105,8 @@ def best_a(values: Array) -> Array:
 def operands(q: Array, k: Array, projection: Any, scale: Any, calibration: Any) -> tuple[Array, Array, Array, Any]:
     """x', y', W and the spread of x' + y'."""
     dim = q.shape[-1]
-    root = math.sqrt(scale if scale is not None else max(dim, 1) ** -0.5)
+    number = q.real.dtype.type  # longdouble stays what it is
+    root = np.sqrt(number(scale)) if scale is not None else np.sqrt(np.sqrt(1 / number(max(dim, 1))))
     w = projection(dim) if callable(projection) else np.asarray(projection)
     x, y = root * q, root * k
     a, c, spread = (*(calibration or ()), None, None, None)[:3]
@@ -110,6 +119,14 @@ def operands(q: Array, k: Array, projection: Any, scale: Any, calibration: Any) 
 
 
 # -------------------------------------------------------------------------------- generalised and trigonometric
+
+
+def performer_features(q: Array, k: Array, *, features: Any = "positive", **parameters: Any) -> tuple[Array, Array]:
+    """Phi with A[t, s] = Phi_q[t] . Phi_k[s] over its sum; a gauge a feature and a factor a query cancel."""
+    known = {x: parameters.get(x) for x in ("projection", "scale", "calibration", "eps")}
+    if features in LOG_FEATURES:
+        return exponentials(*log_features(q, k, features=features, **known))
+    return general_features(q, k, features=features, **known)
 
 
 def gelu(u: Array) -> Array:

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from linattn.audit.combiner import combiner
-from linattn.audit.lln import lln, lln_diag
-from linattn.audit.performer import performer
+from linattn.audit.lln import lln, lln_diag, lln_features
+from linattn.audit.performer import performer, performer_features
 
 __all__ = [
     "FEATURES",
@@ -415,4 +415,6 @@ def cosformer_features(
 FEATURES: dict[str, Callable[..., tuple[Array, Array]]] = {
     "Linear": linear_features,
     "CosFormer": cosformer_features,
+    "Performer": performer_features,
+    "LLN": lln_features,
 }
