@@ -27,7 +27,10 @@ interop = import_module("linattn.interop.torch") if torch else None
 pytestmark = pytest.mark.torch
 
 OWN_MAP = la.Linear(SQUARE)
-OPERATORS = [la.Linear(), la.CosFormer(64), la.Softmax(), la.CosFormer(), la.Linear(normalize=False), OWN_MAP]
+OPERATORS = [
+    la.Linear(), la.CosFormer(64), la.Softmax(), la.CosFormer(), la.Linear(normalize=False), OWN_MAP, la.Linear("exp"),
+    la.Performer(12, seed=0), la.LLN(alpha=0.8, beta=0.6), la.LLN(), la.LLNDiag(alpha=0.8, beta=0.6, block=4),
+]  # fmt: skip
 ADVICE = 'backend="reference"'
 
 
@@ -272,7 +275,7 @@ def test_vmap_of_a_shared_key_sums_over_heads_not_over_the_batch(rng):
                 q,
                 k,
                 v,
-                torch.ones(2, 6, dtype=q.dtype, check_invariants=False),
+                torch.ones(2, 6, dtype=q.dtype),
                 *[None] * 6,
                 "elu1",
                 True,
@@ -412,7 +415,7 @@ def test_refusals(rng):
         (
             TypeError,
             "dense tensor",
-            lambda: run(torch.sparse_coo_tensor(size=(2, 5, 4), dtype=q.dtype, check_invariants=False), k, v, attend),
+            lambda: run(torch.sparse_coo_tensor(size=(2, 5, 4), dtype=q.dtype), k, v, attend),
         ),
         (TypeError, "must be a state", lambda: interop.step(q, k, v, attend, None)),
         (ValueError, "cannot be used with", lambda: interop.step(q, k, v, attend, la.Softmax().init_state(k, v))),

@@ -108,7 +108,7 @@ def linear_backward(
         for a, b in parts:
             own_turns, own_mask = _cut(turns, a, b), _masked(key_mask, a, b)
             own_q, own_k, own_v = _rows(a, b, q, k, v)
-            own_den = None if den is None else den[..., a:b]
+            own_den = None if den is None else np.ascontiguousarray(den[..., a:b])
             start = _state(None, own_q, own_k, own_v, own_turns, own_mask, options)
             saved = linear.Saved(own_q, own_k, own_v, start, own_den)
             engine = options.engine(own_turns, own_mask)
@@ -164,6 +164,34 @@ def softmax_backward(
             for a, b in parts
         ]  # fmt: skip
     return _joined_like((q, k, v), grads)
+
+
+# -- any other mechanism ----------------------------------------------------------------------------------------
+
+
+def mechanism_forward(
+    attend: Any, q: Array, k: Array, v: Array, state: Any, key_mask: Array | None, cu_seqlens: Array | None,
+    causal: bool, first: int,
+) -> tuple[Array, Any]:  # fmt: skip
+    """out, and the state after all keys if there was one before."""
+    if cu_seqlens is not None:
+        return attend(q, k, v, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens), None
+    call = Call(np, None, causal, key_mask, None, first)
+    with _arrays.quiet(q):
+        return attend._forward(q, k, v, state, call, None)[:2]
+
+
+def mechanism_backward(
+    attend: Any, d_out: Array, d_state: Any, q: Array, k: Array, v: Array, state: Any, key_mask: Array | None,
+    cu_seqlens: Array | None, causal: bool, first: int,
+) -> tuple[Array, Array, Array, Any]:  # fmt: skip
+    """d_q, d_k, d_v and the cotangent of the incoming state; what forward saved is made again."""
+    if cu_seqlens is not None:
+        _, backward = attend.vjp(q, k, v, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
+        return *backward(d_out), None
+    call = Call(np, None, causal, key_mask, None, first)
+    with _arrays.quiet(q):
+        return attend._backward(d_out, d_state, attend._saved(q, k, v, state, call), call, None)
 
 
 # -- the pair weight --------------------------------------------------------------------------------------------

@@ -11,14 +11,17 @@ from torch import Tensor
 from linattn import _arrays, _checks
 from linattn.engines.features import MAPS, find
 from linattn.engines.linear import LinearState
-from linattn.engines.softmax import extend
-from linattn.interop import _torch_ops
+from linattn.engines.loglinear import LogLinearState
+from linattn.engines.softmax import SoftmaxState, extend
+from linattn.interop import _torch_mechanism, _torch_ops  # noqa: F401  # its operators
 from linattn.interop._kernels import LinearOptions
+from linattn.interop._specs import spec_of
 from linattn.interop._torch_ops import OPS
 from linattn.mechanisms.attention import Attention as Mechanism
 from linattn.mechanisms.attention import Call, State
 from linattn.mechanisms.cosformer import CosFormer
 from linattn.mechanisms.feature_attention import FeatureAttention
+from linattn.mechanisms.linear import Linear
 from linattn.mechanisms.softmax import Softmax
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -98,6 +101,10 @@ def attention(
             raise TypeError(f"`positions` is for CosFormer, got `{mechanism!r}`.")
         (p_q, p_k), _ = _checks.positions(positions, q, k, lead)
         positions = torch.as_tensor(p_q), torch.as_tensor(p_k)
+    if not _has_own_pair(mechanism):
+        call, _ = mechanism._checked(q, k, v, causal, key_mask, None, None, _arrays.namespace(q))
+        mechanism._refuse(call, streaming=False)
+        return _mechanism(q, k, v, mechanism, None, call, edges)[0]
     call = Call(None, None, causal, key_mask, positions)
     mechanism._refuse(call, streaming=False)
     if isinstance(mechanism, Softmax):
@@ -146,10 +153,11 @@ def step(
     True
     """
     lead = _checked(q, k, v, mechanism, backend)
-    if not _has_operator(q, mechanism, backend):
+    _checks.state_of(mechanism, state, State)
+    sums = isinstance(state.arrays, (LinearState, LogLinearState, SoftmaxState))
+    if not (sums and _has_operator(q, mechanism, backend)):
         with torch.autocast(q.device.type, enabled=False):
             return mechanism.step(q, k, v, state, key_mask=key_mask)
-    _checks.state_of(mechanism, state, State)
     _checks.causal_lengths(q.shape[-2], k.shape[-2])
     if key_mask is not None:
         _checks.key_mask(key_mask, k, lead)
@@ -161,6 +169,10 @@ def step(
         arrays: Any = extend(state.arrays, k, v, key_mask, call.xp)
         scale = float(mechanism.scale) if mechanism.scale is not None else max(q.shape[-1], 1) ** -0.5
         out = _run(OPS.softmax.default, q, arrays.k, arrays.v, arrays.visible, None, scale, True, offset)
+    elif not _has_own_pair(mechanism):
+        call, _ = mechanism._checked(q, k, v, True, key_mask, None, None, call.xp)
+        call = call._replace(first_position=state.position)
+        out, arrays = _mechanism(q, k, v, mechanism, state.arrays, call, None)
     else:
         out, arrays = _linear(q, k, v, mechanism, state.arrays, call, None)
     return out, State(mechanism, arrays, state.start, state.position + q.shape[-2])
@@ -182,6 +194,17 @@ def _linear(
     sums, rest = (None, None) if state is None else state
     out, _, *after = _run(OPS.linear.default, q, k, v, sums, rest, turn_q, turn_k, call.key_mask, edges, *options)
     return out.to(dtype), LinearState(*after)
+
+
+def _mechanism(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: Any, state: Any, call: Call, edges: Tensor | None
+) -> tuple[Tensor, Any]:
+    sums, rest, gauge = (None, None, None) if state is None else (*state, None)[:3]
+    out, *after = _run(
+        OPS.mechanism.default, q, k, v, sums, rest, gauge, call.key_mask, edges, spec_of(mechanism), call.causal,
+        call.first_position,
+    )  # fmt: skip
+    return out, None if state is None else type(state)(*after[: len(state)])
 
 
 def _turns(
@@ -206,10 +229,17 @@ def _run(operator: Any, *args: Any) -> Any:
         raise
 
 
+def _has_own_pair(mechanism: Any) -> bool:
+    """Whether it goes by `linattn::linear` or `linattn::softmax`."""
+    if isinstance(mechanism, Linear):
+        return not mechanism._by_logarithms
+    return type(mechanism) is Softmax or isinstance(mechanism, FeatureAttention)
+
+
 def _has_operator(q: Tensor, mechanism: Mechanism, backend: str | None) -> bool:
     if backend == "reference":
         return False
-    engine = type(mechanism) is Softmax or isinstance(mechanism, FeatureAttention)
+    engine = _has_own_pair(mechanism) or spec_of(mechanism) is not None
     if engine and q.device.type == "cpu":
         return True
     if backend is not None:

@@ -48,7 +48,8 @@ OPS = torch.ops.linattn
 
 def view(x: Tensor) -> np.ndarray:
     """The tensor's memory as a NumPy array; bfloat16, which torch does not hand over, goes as its bits."""
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if x.dtype is torch.bfloat16:
         import ml_dtypes
 
@@ -56,7 +57,7 @@ def view(x: Tensor) -> np.ndarray:
     return x.numpy()
 
 
-def _view(x: Tensor | None) -> np.ndarray | None:
+def optional_view(x: Tensor | None) -> np.ndarray | None:
     return None if x is None else view(x)
 
 
@@ -73,7 +74,7 @@ def _pair(a: Tensor | None, b: Tensor | None) -> tuple[np.ndarray, np.ndarray] |
     return None if a is None or b is None else (view(a), view(b))
 
 
-def _own(x: Any, *given: Tensor | None) -> Tensor:
+def fresh(x: Any, *given: Tensor | None) -> Tensor:
     """As a tensor of its own memory, which no argument shares: a state that saw no token may be the one given."""
     shared = any(y is not None and np.may_share_memory(x, view(y)) for y in given)
     return tensor(x.copy() if shared else x)
@@ -88,14 +89,14 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 def _linear(q, k, v, sums, rest, turn_q, turn_k, key_mask, cu_seqlens, *options):
     out, den, after = _kernels.linear_forward(
-        view(q), view(k), view(v), _pair(sums, rest), _pair(turn_q, turn_k), _view(key_mask), _view(cu_seqlens),
+        view(q), view(k), view(v), _pair(sums, rest), _pair(turn_q, turn_k), optional_view(key_mask), optional_view(cu_seqlens),
         LinearOptions(*options),
     )  # fmt: skip
     none = torch.empty(0, dtype=accumulator(q))
     den = none if den is None else tensor(den)
     if sums is None:
         return tensor(out), den, torch.empty_like(none), torch.empty_like(none)
-    return tensor(out), den, _own(after.sums, sums, rest), _own(after.rest, sums, rest)
+    return tensor(out), den, fresh(after.sums, sums, rest), fresh(after.rest, sums, rest)
 
 
 def _linear_backward(
@@ -103,22 +104,22 @@ def _linear_backward(
 ):  # fmt: skip
     options = LinearOptions(*options)
     d_q, d_k, d_v, d_before = _kernels.linear_backward(
-        view(d_out), _view(d_sums), view(q), view(k), view(v), view(den) if options.normalize else None,
-        _pair(sums, rest), _pair(turn_q, turn_k), _view(key_mask), _view(cu_seqlens), options,
+        view(d_out), optional_view(d_sums), view(q), view(k), view(v), view(den) if options.normalize else None,
+        _pair(sums, rest), _pair(turn_q, turn_k), optional_view(key_mask), optional_view(cu_seqlens), options,
     )  # fmt: skip
-    d_sums_before = torch.empty(0, dtype=accumulator(q)) if sums is None else _own(d_before, d_sums)
+    d_sums_before = torch.empty(0, dtype=accumulator(q)) if sums is None else fresh(d_before, d_sums)
     return tensor(d_q), tensor(d_k), tensor(d_v), d_sums_before
 
 
 def _softmax(q, k, v, key_mask, cu_seqlens, scale, causal, offset):
     options = SoftmaxOptions(scale, causal, offset)
-    return tensor(_kernels.softmax_forward(view(q), view(k), view(v), _view(key_mask), _view(cu_seqlens), options))
+    return tensor(_kernels.softmax_forward(view(q), view(k), view(v), optional_view(key_mask), optional_view(cu_seqlens), options))
 
 
 def _softmax_backward(d_out, q, k, v, key_mask, cu_seqlens, scale, causal, offset):
     options = SoftmaxOptions(scale, causal, offset)
     grads = _kernels.softmax_backward(
-        view(d_out), view(q), view(k), view(v), _view(key_mask), _view(cu_seqlens), options
+        view(d_out), view(q), view(k), view(v), optional_view(key_mask), optional_view(cu_seqlens), options
     )
     return tuple(tensor(x) for x in grads)
 
@@ -126,7 +127,7 @@ def _softmax_backward(d_out, q, k, v, key_mask, cu_seqlens, scale, causal, offse
 def _turns(like, n_queries, n_keys, first, length, align, position_q, position_k, cu_seqlens):
     tables = _kernels.turns(
         view(like), n_queries, n_keys, first, length, align, _pair(position_q, position_k),
-        _view(cu_seqlens),
+        optional_view(cu_seqlens),
     )  # fmt: skip
     return tuple(tensor(x.copy()) for x in tables)  # q's and k's may be one table
 
@@ -182,28 +183,41 @@ def _turns_fake(like, n_queries, n_keys, first, length, align, position_q, posit
 # -- derivatives --------------------------------------------------------------------------------------------------
 
 
-def _linear_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, sums, rest, turn_q, turn_k, key_mask, cu_seqlens, *ctx.options = inputs
-    _, den, after, rest_after = output
-    ctx.save_for_backward(q, k, v, den, sums, rest, turn_q, turn_k, key_mask, cu_seqlens)
-    ctx.mark_non_differentiable(den, rest_after, *([] if sums is not None else [after]))
+class _Linear(torch.autograd.Function):
+    """`linear` with its derivative: what is kept is the arguments and one number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        q, k, v, sums, rest, turn_q, turn_k, key_mask, cu_seqlens, *ctx.options = args
+        with below_autograd():
+            results = OPS.linear.default(*args)
+        _, den, after, rest_after = results
+        ctx.save_for_backward(q, k, v, den, sums, rest, turn_q, turn_k, key_mask, cu_seqlens)
+        ctx.mark_non_differentiable(den, rest_after, *([] if sums is not None else [after]))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, _: Any, d_after: Tensor | None, __: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, den, sums, *others = ctx.saved_tensors
+        d_after = d_after if sums is not None else None
+        d_q, d_k, d_v, d_sums = OPS.linear_backward.default(d_out, d_after, q, k, v, den, sums, *others, *ctx.options)
+        return d_q, d_k, d_v, d_sums if sums is not None else None, *[None] * 10
 
 
-def _linear_vjp(ctx: Any, d_out: Tensor, _: Any, d_after: Tensor | None, __: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, den, sums, *others = ctx.saved_tensors
-    d_after = d_after if sums is not None else None
-    d_q, d_k, d_v, d_sums = OPS.linear_backward.default(d_out, d_after, q, k, v, den, sums, *others, *ctx.options)
-    return d_q, d_k, d_v, d_sums if sums is not None else None, *[None] * 10
+class _Softmax(torch.autograd.Function):
+    """`softmax` with its derivative: the arguments alone are kept."""
 
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        *tensors, ctx.scale, ctx.causal, ctx.offset = args
+        ctx.save_for_backward(*tensors)
+        with below_autograd():
+            return OPS.softmax.default(*args)
 
-def _softmax_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.scale, ctx.causal, ctx.offset = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _softmax_vjp(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    grads = OPS.softmax_backward.default(d_out, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.offset)
-    return *grads, *[None] * 5
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        grads = OPS.softmax_backward.default(d_out, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.offset)
+        return *grads, *[None] * 5
 
 
 SECOND_ORDER = (
@@ -212,8 +226,42 @@ SECOND_ORDER = (
 )
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise RuntimeError(SECOND_ORDER)
+class NoDerivative(torch.autograd.Function):
+    """Of an operator that is a derivative itself."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, *args: Any) -> Any:
+        return run(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(SECOND_ORDER)
+
+
+def below_autograd() -> Any:
+    """Inside, an operator's call goes on to its kernel, its fake or its rule for vmap."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def register(name: str, kernel: Any, fake: Any, rule: Any, derivative: Any) -> None:
+    """The operator's registrations. `derivative`: an autograd function of its arguments, or None if it has none."""
+    operator = getattr(OPS, name).default
+
+    def plain(*args: Any) -> Any:
+        with below_autograd():
+            return operator(*args)
+
+    def differentiable(*args: Any) -> Any:  # asked before each call: a plain loop, and no machinery where none is due
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return NoDerivative.apply(plain, *args) if derivative is None else derivative.apply(*args)
+        return plain(*args)
+
+    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, differentiable, "Autograd")
+    torch.library.register_fake(f"linattn::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"linattn::{name}", rule, lib=LIBRARY)
 
 
 # -- a batch axis in front ------------------------------------------------------------------------------------------
@@ -295,19 +343,13 @@ def _turns_vmap(info: Any, dims: Any, *args: Any) -> Any:
     return OPS.turns.default(*moved), (0, 0)
 
 
-for name, kernel, fake, rule in (
-    ("linear", _linear, _linear_fake, _linear_vmap),
-    ("linear_backward", _linear_backward, _linear_backward_fake, _linear_backward_vmap),
-    ("softmax", _softmax, _softmax_fake, _softmax_vmap),
-    ("softmax_backward", _softmax_backward, _softmax_backward_fake, _softmax_backward_vmap),
-    ("turns", _turns, _turns_fake, _turns_vmap),
-):
-    LIBRARY.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"linattn::{name}", fake, lib=LIBRARY)
-    torch.library.register_vmap(f"linattn::{name}", rule, lib=LIBRARY)
-torch.library.register_autograd("linattn::linear", _linear_vjp, setup_context=_linear_setup, lib=LIBRARY)
-torch.library.register_autograd("linattn::softmax", _softmax_vjp, setup_context=_softmax_setup, lib=LIBRARY)
-for name in ("linear_backward", "softmax_backward"):
-    torch.library.register_autograd(f"linattn::{name}", _no_second_derivative, lib=LIBRARY)
+register("linear", _linear, _linear_fake, _linear_vmap, _Linear)
+register("linear_backward", _linear_backward, _linear_backward_fake, _linear_backward_vmap, None)
+register("softmax", _softmax, _softmax_fake, _softmax_vmap, _Softmax)
+register("softmax_backward", _softmax_backward, _softmax_backward_fake, _softmax_backward_vmap, None)
+register("turns", _turns, _turns_fake, _turns_vmap, None)
 
-__all__ = ["OPS", "SECOND_ORDER", "accumulator", "tensor", "turns", "view"]
+__all__ = [
+    "LIBRARY", "OPS", "SECOND_ORDER",
+    "accumulator", "below_autograd", "fresh", "optional_view", "register", "tensor", "turns", "view",
+]  # fmt: skip
