@@ -6,6 +6,9 @@
 U and X have R (E + 1) numbers a head, whatever the length. Without causality every rank's queries see the sum of
 all U, and every rank's keys the sum of all X. Ranks are in the order of the tokens; a rank may hold none.
 
+The sums of the log-linear engine are in units of 2^gauge, a gauge for each feature. U + U' is at the larger gauge, and
+the cotangent X of sums at the gauge G is 2^(g - G) X for the sums at the gauge g that went into them.
+
 Gradients of normalised attention do not change if all values are shifted by one vector. In float32 the backward shifts
 them by their weighted mean, which every rank knows from the states, and makes the states again: nothing cancels where
 values are far from zero.
@@ -26,10 +29,12 @@ import numpy as np
 
 from linattn import _arrays, _checks
 from linattn._arrays import Array
-from linattn.engines import linear
+from linattn.backends.reference._gauges import Powers
 from linattn.engines.linear import LinearState
+from linattn.engines.loglinear import LogLinearState
 from linattn.mechanisms.attention import Attention, Call
 from linattn.mechanisms.feature_attention import FeatureAttention
+from linattn.mechanisms.log_feature_attention import LogFeatureAttention
 
 TEXT = 512  # bytes of a sentence that ranks tell each other
 WAIT = 60.0  # seconds after which threads that do not meet give up
@@ -169,8 +174,8 @@ def attention(
     q, k, v : array
         This rank's tokens, (..., N_r, D), (..., M_r, D), (..., M_r, E), in the order of ranks; N_r and M_r may differ
         from rank to rank and be 0, all other axes may not.
-    mechanism : Linear or CosFormer
-        A value of the linear engine; equal on all ranks.
+    mechanism : Linear, CosFormer, Performer or LLN
+        A value of the linear or the log-linear engine; equal on all ranks.
     comm : Communicator
         `MPIComm` or a `LocalComm`.
     causal, key_mask, backend
@@ -223,50 +228,60 @@ def vjp(
     if not isinstance(comm, Communicator):
         raise TypeError(f"`comm` must be an MPIComm or a LocalComm, got {type(comm).__name__}.")
     shard, (first_q, first_k) = _begin(comm, q, k, v, mechanism, causal, key_mask, backend)
-    q, k, v, attend, call = shard.q, shard.k, shard.v, shard.attend, shard.call
+    q, k, v, attend, call, xp = shard.q, shard.k, shard.v, shard.attend, shard.call, shard.call.xp
     keys_call = call._replace(causal=False, first_position=first_k)
     rows_mask = call.key_mask if causal or call.key_mask is None else call.key_mask[..., :0]
     rows_call = call._replace(first_position=first_q, key_mask=rows_mask)
-    own_k, own_v = (k, v) if causal else (k[..., :0, :], v[..., :0, :])
+    own_k = k if causal else k[..., :0, :]
     no_rows = q[..., :0, :]
+    # causal: nobody comes after the last rank, so nobody wants its state, nor sends anything to its keys
+    heard = not causal or comm.rank < comm.size - 1
     kept: dict[str, Any] = {}
 
-    def own_state(values: Array) -> LinearState:
-        attend._options(q.shape[-2], own_k, rows_call)  # refuses positions beyond the length before ranks part
+    def of_rows(values: Array) -> Array:
+        return values if causal else values[..., :0, :]
+
+    def own_state(values: Array) -> Any:
+        if isinstance(attend, FeatureAttention):
+            attend._options(q.shape[-2], own_k, rows_call)  # refuses positions beyond the length before ranks part
+        if not heard:
+            return shard.empty
         # U = sum over this rank's keys: a pass without queries
         _, state, kept["keys"] = attend._forward(no_rows, k, values, None, keys_call, None)
         return state
 
-    def seen(states: Sequence[LinearState]) -> LinearState:
-        return _fold(states[: comm.rank] if causal else states, shard.empty)
+    def seen(states: Sequence[Any], rank: int) -> Any:
+        return _fold(attend, states[:rank] if causal else states, shard.empty, xp)
 
     with _arrays.quiet(q):
-        states = _exchange(comm, lambda: own_state(v), shard.empty, call.xp)
-        out, _, kept["rows"] = attend._forward(q, own_k, own_v, seen(states), rows_call, None)
-        shift = _shift(attend, _fold(states, shard.empty), v, call.xp)
+        states = _exchange(comm, lambda: own_state(v), shard.empty, xp)
+        out, _, kept["rows"] = attend._forward(q, own_k, of_rows(v), seen(states, comm.rank), rows_call, None)
+        shift = _shift(attend, _fold(attend, states, shard.empty, xp), v, xp)
     out_shape = (*shard.lead, q.shape[-2], v.shape[-1])
 
     def backward(d_out: Array) -> tuple[Array, Array, Array]:
         grads: dict[str, Any] = {}
-        saved = kept["rows"]
+        now, saved = states, kept["rows"]
         if shift is not None:
             near = v - shift
-            states = _exchange(comm, lambda: own_state(near), shard.empty, call.xp)
-            values = near if causal else near[..., :0, :]
-            saved = (saved[0]._replace(v=values, state=seen(states)), *saved[1:])
+            now = _exchange(comm, lambda: own_state(near), shard.empty, xp)
+            saved = _with_values(attend, saved, of_rows(near), seen(now, comm.rank), rows_call)
 
-        def own_cotangent() -> LinearState:
+        def own_cotangent() -> Any:
             _checks.cotangent("d_out", d_out, "out", out_shape, q)
             *grads["rows"], d_before = attend._backward(_arrays.plain(d_out), None, saved, rows_call, None)
             return d_before
 
         with _arrays.quiet(q):
-            cotangents = _exchange(comm, own_cotangent, shard.empty, call.xp)
-            after = _fold(cotangents[comm.rank + 1 :][::-1] if causal else cotangents, shard.empty)
-            nothing = call.xp.zeros((*shard.lead, 0, v.shape[-1]), dtype=q.dtype, device=_arrays.device(q))
+            cotangents = _exchange(comm, own_cotangent, shard.empty, xp)
+            d_q, *direct = grads["rows"]
+            if not heard:
+                return d_q, *direct
+            later = range(comm.size - 1, comm.rank, -1) if causal else range(comm.size)
+            after = _reaching(now[comm.rank], [(cotangents[r], seen(now, r)) for r in later], xp)
+            nothing = xp.zeros((*shard.lead, 0, v.shape[-1]), dtype=q.dtype, device=_arrays.device(q))
             # what later queries send to these keys, through the state that they left
             _, d_k, d_v, _ = attend._backward(nothing, after, kept["keys"], keys_call, None)
-        d_q, *direct = grads["rows"]
         return (d_q, direct[0] + d_k, direct[1] + d_v) if causal else (d_q, d_k, d_v)
 
     return out, backward
@@ -282,7 +297,7 @@ class _Shard(NamedTuple):
     attend: Any
     call: Call
     lead: tuple[int, ...]
-    empty: LinearState
+    empty: Any
 
 
 def _begin(
@@ -319,7 +334,7 @@ def _begin(
 
 
 def _checked(q: Any, k: Any, v: Any, mechanism: Any, causal: Any, key_mask: Any, backend: Any) -> _Shard:
-    if not isinstance(mechanism, FeatureAttention):
+    if not isinstance(mechanism, (FeatureAttention, LogFeatureAttention)):
         if isinstance(mechanism, Attention):
             raise ValueError(
                 f"`{mechanism!r}` cannot run on many processes: its state grows or has no scan over ranks."
@@ -332,30 +347,60 @@ def _checked(q: Any, k: Any, v: Any, mechanism: Any, causal: Any, key_mask: Any,
     return _Shard(q, k, v, mechanism, call, lead, mechanism._empty(k[..., :0, :], v[..., :0, :], call))
 
 
-def _exchange(comm: Communicator, make: Callable[[], LinearState], like: LinearState, xp: Any) -> Sequence[LinearState]:
+def _exchange(comm: Communicator, make: Callable[[], Any], like: Any, xp: Any) -> Sequence[Any]:
     """The states of all ranks; a rank that could not make its own says so to all."""
     failure, state = None, like
     try:
         state = make()
     except Exception as error:
         failure = error
-    sums, rest = (np.ascontiguousarray(_arrays.to_numpy(x)) for x in state)
+    arrays = [np.ascontiguousarray(_arrays.to_numpy(x)) for x in state]
     text = _text(f"{type(failure).__name__}: {failure}" if failure else "")
-    told = comm.allgather(np.concatenate([text, *(x.reshape(-1).view(np.uint8) for x in (sums, rest))]))
+    told = comm.allgather(np.concatenate([text, *(x.reshape(-1).view(np.uint8) for x in arrays)]))
     if failure is not None:
         raise failure
     for rank, row in enumerate(told):
         if sentence := _words(row[:TEXT]):
             raise RuntimeError(f"rank {rank} failed, so no rank goes on: {sentence}")
-    both = np.ascontiguousarray(told[:, TEXT:]).view(sums.dtype).reshape(comm.size, 2, *sums.shape)
-    if isinstance(like.sums, np.ndarray):
-        return [LinearState(*x) for x in both]
-    return [LinearState(*(xp.asarray(y, device=_arrays.device(like.sums)) for y in x.copy())) for x in both]
+    edges = np.cumsum([TEXT, *(x.nbytes for x in arrays)])
+    parts = [
+        np.ascontiguousarray(told[:, a:b]).view(x.dtype).reshape(comm.size, *x.shape)
+        for x, a, b in zip(arrays, edges, edges[1:], strict=False)
+    ]
+    if not isinstance(like.sums, np.ndarray):
+        device = _arrays.device(like.sums)
+        return [type(like)(*(xp.asarray(x.copy(), device=device) for x in row)) for row in zip(*parts, strict=True)]
+    return [type(like)(*row) for row in zip(*parts, strict=True)]
 
 
-def _fold(states: Sequence[LinearState], empty: LinearState) -> LinearState:
+def _fold(attend: Any, states: Sequence[Any], empty: Any, xp: Any) -> Any:
     """One after the other in their order, as a single process would meet them."""
-    return reduce(linear.merge, states) if states else empty
+    return reduce(lambda earlier, later: attend._merge(earlier, later, xp), states) if states else empty
+
+
+def _reaching(own: Any, cotangents: list[tuple[Any, Any]], xp: Any) -> Any:
+    """The cotangent of `own`, from pairs of a cotangent and the state that it is of: sums add, at the gauge of `own`."""
+    total = xp.zeros_like(own.sums)
+    rest = xp.zeros_like(own.sums)
+    for cotangent, of in cotangents:
+        parts = [cotangent.sums, cotangent.rest]
+        if isinstance(own, LogLinearState):
+            powers = Powers(own.sums, xp)
+            shift = powers(own.gauge - of.gauge, own.sums.dtype)[..., None]  # 2^(g - G)
+            parts = [x * shift for x in parts]
+        new = total + parts[0]
+        seen = new - total
+        rest = rest + parts[1] + ((total - (new - seen)) + (parts[0] - seen))  # exact: two-sum
+        total = new
+    return own._replace(sums=total, rest=rest)
+
+
+def _with_values(attend: Any, saved: Any, values: Array, state: Any, call: Call) -> Any:
+    """What a forward saved, for these values and this state: no other number that it keeps depends on them."""
+    if isinstance(state, LinearState) and isinstance(attend, FeatureAttention):
+        return saved[0]._replace(v=values, state=state), *saved[1:]
+    q, k = saved[:2]
+    return attend._saved(q, k, values, state, call)
 
 
 def _text(sentence: str) -> np.ndarray:
@@ -372,9 +417,16 @@ def _words(row: np.ndarray) -> str:
 
 def _shift(attend: Any, total: LinearState, v: Array, xp: Any) -> Array | None:
     """The values' mean (..., 1, E), weighted by the features' sums: one vector for a head, the same on every rank."""
-    if not attend.normalize or attend.eps != "safe" or _arrays.dtype_name(v) != "float32":
-        return None  # elsewhere the gradient knows where zero is, or the values are narrower than their sums
-    sums = xp.sum(total.sums[..., 0, :, :], axis=-2, keepdims=True)  # (..., 1, E + 1)
+    if _arrays.dtype_name(v) != "float32":
+        return None  # the values are narrower than their sums, or rounding is no matter
+    if isinstance(attend, FeatureAttention) and not (attend.normalize and attend.eps == "safe"):
+        return None  # the gradient knows where zero is
+    if isinstance(total, LogLinearState):
+        powers, top = Powers(total.sums, xp), xp.max(total.gauge, axis=-1, keepdims=True)
+        sums = total.sums * powers(total.gauge - top, total.sums.dtype)[..., None]
+    else:
+        sums = total.sums[..., 0, :, :]
+    sums = xp.sum(sums, axis=-2, keepdims=True, dtype=sums.dtype)  # (..., 1, E + 1)
     weight = sums[..., -1:]
     mean = sums[..., :-1] / xp.where(weight == 0, xp.ones_like(weight), weight)
     mean = xp.where(xp.isfinite(mean), mean, xp.zeros_like(mean))

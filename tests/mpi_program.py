@@ -27,7 +27,8 @@ def same_as_one_process(comm):
     mask = rng.random((2, 1, 101)) > 0.3
     own = shards(101, comm.size)[comm.rank]
     worst = 0.0
-    for attend in (la.Linear(), la.CosFormer(128), la.Linear("relu", normalize=False)):
+    values = (la.Linear(), la.CosFormer(128), la.Linear("relu", normalize=False))
+    for attend in (*values, la.Performer(12, seed=0), la.LLN(alpha=9.0, beta=7.0)):
         for causal in (False, True):
             want, undo = attend.vjp(q, k, v, causal=causal, key_mask=mask)
             args = (x[..., own, :] for x in (q, k, v))

@@ -20,11 +20,11 @@ interop = import_module("linattn.interop.jax") if HAVE else None
 pytestmark = pytest.mark.jax
 
 OWN_MAP = la.Linear(SQUARE)
-SOME = [*MAIN, la.CosFormer(), la.Linear(normalize=False), OWN_MAP]
+SOME = [*MAIN, la.CosFormer(), la.Linear(normalize=False), OWN_MAP, la.Linear("exp"), la.LLN()]
 
 
 def causal_of(attend):
-    return attend != la.CosFormer()
+    return attend not in (la.CosFormer(), la.LLN())
 
 
 def options_of(options):

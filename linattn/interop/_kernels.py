@@ -99,6 +99,7 @@ def linear_backward(
     """d_q, d_k, d_v and the cotangent of the incoming state's value."""
     room = backends.resolve(None, q, "linear")
     parts = edges(cu_seqlens, q.shape[-2], k.shape[-2])
+    d_state = None if d_state is None else np.ascontiguousarray(d_state)  # a framework's may be one number, stretched
     with _arrays.quiet(q):
         if parts is None:
             engine = options.engine(turns, key_mask)

@@ -102,7 +102,7 @@ def attention(
         (p_q, p_k), _ = _checks.positions(positions, q, k, lead)
         positions = torch.as_tensor(p_q), torch.as_tensor(p_k)
     if not _has_own_pair(mechanism):
-        call, _ = mechanism._checked(q, k, v, causal, key_mask, None, None, _arrays.namespace(q))
+        call = Call(None, None, causal, key_mask)
         mechanism._refuse(call, streaming=False)
         return _mechanism(q, k, v, mechanism, None, call, edges)[0]
     call = Call(None, None, causal, key_mask, positions)
@@ -170,8 +170,6 @@ def step(
         scale = float(mechanism.scale) if mechanism.scale is not None else max(q.shape[-1], 1) ** -0.5
         out = _run(OPS.softmax.default, q, arrays.k, arrays.v, arrays.visible, None, scale, True, offset)
     elif not _has_own_pair(mechanism):
-        call, _ = mechanism._checked(q, k, v, True, key_mask, None, None, call.xp)
-        call = call._replace(first_position=state.position)
         out, arrays = _mechanism(q, k, v, mechanism, state.arrays, call, None)
     else:
         out, arrays = _linear(q, k, v, mechanism, state.arrays, call, None)
@@ -199,6 +197,8 @@ def _linear(
 def _mechanism(
     q: Tensor, k: Tensor, v: Tensor, mechanism: Any, state: Any, call: Call, edges: Tensor | None
 ) -> tuple[Tensor, Any]:
+    if not torch.compiler.is_compiling():  # else the operator's fake looks at it
+        mechanism._checked(q, k, v, call.causal, call.key_mask, None, None, _arrays.namespace(q))
     sums, rest, gauge = (None, None, None) if state is None else (*state, None)[:3]
     out, *after = _run(
         OPS.mechanism.default, q, k, v, sums, rest, gauge, call.key_mask, edges, spec_of(mechanism), call.causal,

@@ -21,6 +21,7 @@ from linattn.mechanisms.attention import Attention as Mechanism
 from linattn.mechanisms.attention import Call, State
 from linattn.mechanisms.cosformer import CosFormer
 from linattn.mechanisms.feature_attention import FeatureAttention
+from linattn.mechanisms.log_feature_attention import LogFeatureAttention
 from linattn.mechanisms.softmax import Softmax
 
 Array = Any
@@ -113,9 +114,14 @@ def _edges(cu_seqlens: Any, q: Array, k: Array) -> tuple[int, ...] | None:
 def _compiled(
     q: Array, k: Array, v: Array, mechanism: Any, causal: bool, key_mask: Any, edges: Any, positions: Any
 ) -> Array:
-    if not (type(mechanism) is Softmax or isinstance(mechanism, FeatureAttention)):
-        raise _checks.backend_lacks("numba", f"callback for `{mechanism!r}`")
     xp = _checks.queries_keys_values(q, k, v)
+    by_value = isinstance(mechanism, LogFeatureAttention) and getattr(mechanism, "_by_logarithms", True)
+    if by_value or not isinstance(mechanism, (Softmax, FeatureAttention)):
+        if positions is not None:
+            raise TypeError(f"`positions` is for CosFormer, got `{mechanism!r}`.")
+        call, lead = mechanism._checked(q, k, v, causal, key_mask, None, None, xp)
+        mechanism._refuse(call, streaming=False)
+        return _any((mechanism, call.causal, edges, (*lead, q.shape[-2], v.shape[-1])), q, k, v, key_mask)
     causal = _checks.flag("causal", causal)
     if causal:
         _checks.causal_lengths(q.shape[-2], k.shape[-2])
@@ -165,10 +171,12 @@ def _turns(mechanism: Any, q: Array, k: Array, call: Call, edges: Any) -> tuple[
     return mechanism._turns(call, n_queries, n_keys, k)
 
 
-def _on_host(function: Callable[..., Any], results: Any, *arrays: Array) -> Any:
+def _on_host(
+    function: Callable[..., Any], results: Any, *arrays: Array, vmap_method: str = "broadcast_all"
+) -> Any:
     """`function` on NumPy arrays, when the values are there; under vmap with the batch in front of every array."""
     return jax.pure_callback(
-        lambda *given: function(*jax.tree.map(np.asarray, given)), results, *arrays, vmap_method="broadcast_all"
+        lambda *given: function(*jax.tree.map(np.asarray, given)), results, *arrays, vmap_method=vmap_method
     )
 
 
@@ -243,5 +251,33 @@ def _softmax_backward(static: Any, saved: Any, d_out: Array) -> Any:
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _any(static: Any, q: Array, k: Array, v: Array, mask: Any) -> Array:
+    """Any other mechanism. Moments of a call are the call's own, so vmap runs the calls one by one."""
+    return _any_forward(static, q, k, v, mask)[0]
+
+
+def _any_forward(static: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
+    attend, causal, edges, shape = static
+
+    def run(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return _kernels.mechanism_forward(attend, q, k, v, None, mask, _cu(edges), causal, 0)[0]
+
+    out = jax.ShapeDtypeStruct(shape, q.dtype)
+    return _on_host(run, out, q, k, v, mask, vmap_method="sequential"), (q, k, v, mask)
+
+
+def _any_backward(static: Any, saved: Any, d_out: Array) -> Any:
+    attend, causal, edges, _ = static
+
+    def run(d_out: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return _kernels.mechanism_backward(attend, d_out, None, q, k, v, None, mask, _cu(edges), causal, 0)[:3]
+
+    return *_on_host(run, tuple(map(_shape, saved[:3])), d_out, *saved, vmap_method="sequential"), None
+
+
+_any.defvjp(_any_forward, _any_backward)
 
 __all__ = ["attention"]
