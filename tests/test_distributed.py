@@ -277,6 +277,16 @@ def test_gloo(tmp_path):
     assert all(out.endswith("ok") for out, _ in said)
 
 
+@pytest.mark.jax
+def test_shard_map():
+    program, root = Path(__file__).with_name("shard_map_program.py"), str(Path(la.__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    run = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=2 * SECONDS, check=False, env=environment
+    )
+    assert (run.returncode, run.stdout) == (0, "ok"), run.stderr
+
+
 @pytest.mark.dask
 def test_dask_takes_heads_a_block_at_a_time(rng):
     import dask.array as da

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linattn import _arrays
 from linattn.engines.linear import LinearState
 from linattn.engines.loglinear import LogLinearState
 from linattn.interop import _kernels
@@ -64,7 +63,10 @@ def _backward(d_out, d_sums, q, k, v, sums, rest, gauge, key_mask, cu_seqlens, m
 
 
 def _forward_fake(q, k, v, sums, rest, gauge, key_mask, cu_seqlens, mechanism, causal, first):
-    _, lead = value_of(mechanism)._checked(q, k, v, causal, key_mask, None, None, _arrays.namespace(q))
+    any_row = np.zeros((1, int(q.shape[-1])))
+    _, own = value_of(mechanism)._checked(any_row, any_row, any_row, False, None, None, None, np)
+    leads = [x.shape[:-2] for x in (q, k, v)] + ([] if key_mask is None else [key_mask.shape[:-1]])
+    lead = torch.broadcast_shapes(*leads, own)
     dtypes = (accumulator(q), accumulator(q), torch.int32)
     shapes = [(0,) if x is None else x.shape for x in (sums, rest, gauge)]
     after = (q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
