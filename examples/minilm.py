@@ -30,7 +30,15 @@ SENTENCES = (
     "Of man's first disobedience, and the fruit of that forbidden tree.",
 )
 HEADS, LAYERS = 12, 6
-MECHANISMS = (la.Softmax(), la.Linear("elu1"), la.Linear("relu"), la.CosFormer(length=512))
+MECHANISMS = (
+    la.Softmax(),
+    la.Linear("elu1"),
+    la.Linear("relu"),
+    la.Performer(256, seed=0),
+    la.LLN(scope="head", calibration="exact"),
+    la.LLNDiag(scope="head", calibration="exact"),
+    la.CosFormer(length=512),
+)
 ERF = np.vectorize(math.erf, otypes=[float])
 
 

@@ -32,6 +32,9 @@ MECHANISMS: dict[str, Callable[[int], Any]] = {
     "elu1": lambda length: la.Linear("elu1"),
     "relu": lambda length: la.Linear("relu"),
     "cosformer": lambda length: la.CosFormer(length),
+    "performer": lambda length: la.Performer(64, seed=0),
+    "lln": lambda length: la.LLN(alpha=1.0, beta=1.0),
+    "lln_diag": lambda length: la.LLNDiag(alpha=1.0, beta=1.0, block=32),
 }
 
 

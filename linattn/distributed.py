@@ -379,7 +379,7 @@ def _fold(attend: Any, states: Sequence[Any], empty: Any, xp: Any) -> Any:
 
 
 def _reaching(own: Any, cotangents: list[tuple[Any, Any]], xp: Any) -> Any:
-    """The cotangent of `own`, from pairs of a cotangent and the state that it is of: sums add, at the gauge of `own`."""
+    """The cotangent of `own`, at its gauge, from pairs of a cotangent and the state that it is of: they add."""
     total = xp.zeros_like(own.sums)
     rest = xp.zeros_like(own.sums)
     for cotangent, of in cotangents:
@@ -415,7 +415,7 @@ def _words(row: np.ndarray) -> str:
 # -- values far from zero ---------------------------------------------------------------------------------------------
 
 
-def _shift(attend: Any, total: LinearState, v: Array, xp: Any) -> Array | None:
+def _shift(attend: Any, total: Any, v: Array, xp: Any) -> Array | None:
     """The values' mean (..., 1, E), weighted by the features' sums: one vector for a head, the same on every rank."""
     if _arrays.dtype_name(v) != "float32":
         return None  # the values are narrower than their sums, or rounding is no matter

@@ -17,7 +17,7 @@ from linattn.engines.linear import LinearState
 from linattn.engines.loglinear import LogLinearState
 from linattn.interop import _kernels
 from linattn.interop._specs import value_of
-from linattn.interop._torch_ops import LIBRARY, OPS, accumulator, below_autograd, fresh, optional_view, register, view
+from linattn.interop._torch_ops import LIBRARY, OPS, accumulator, below_autograd, fresh, register, view
 
 STATE = "Tensor? sums, Tensor? rest, Tensor? gauge"
 REST = "Tensor? key_mask, Tensor? cu_seqlens, str mechanism, bool causal, SymInt first"
@@ -39,11 +39,15 @@ def _state(sums: Tensor | None, rest: Tensor | None, gauge: Tensor | None) -> An
 
 def _forward(q, k, v, sums, rest, gauge, key_mask, cu_seqlens, mechanism, causal, first):
     out, after = _kernels.mechanism_forward(
-        value_of(mechanism), view(q), view(k), view(v), _state(sums, rest, gauge), optional_view(key_mask),
-        optional_view(cu_seqlens), causal, first,
+        value_of(mechanism), view(q), view(k), view(v), _state(sums, rest, gauge), view(key_mask),
+        view(cu_seqlens), causal, first,
     )  # fmt: skip
     given = (q, k, v, sums, rest, gauge)
-    none = [torch.empty(0, dtype=accumulator(q)), torch.empty(0, dtype=accumulator(q)), torch.empty(0, dtype=torch.int32)]
+    none = [
+        torch.empty(0, dtype=accumulator(q)),
+        torch.empty(0, dtype=accumulator(q)),
+        torch.empty(0, dtype=torch.int32),
+    ]
     if sums is not None:
         none[: len(after)] = [fresh(x, *given) for x in after]
     return fresh(out, *given), *none
@@ -54,8 +58,8 @@ def _backward(d_out, d_sums, q, k, v, sums, rest, gauge, key_mask, cu_seqlens, m
     if d_sums is not None and state is not None:
         d_state = state._replace(sums=view(d_sums), rest=np.zeros_like(state.rest))
     d_q, d_k, d_v, d_before = _kernels.mechanism_backward(
-        value_of(mechanism), view(d_out), d_state, view(q), view(k), view(v), state, optional_view(key_mask),
-        optional_view(cu_seqlens), causal, first,
+        value_of(mechanism), view(d_out), d_state, view(q), view(k), view(v), state, view(key_mask),
+        view(cu_seqlens), causal, first,
     )  # fmt: skip
     given = (d_out, d_sums, q, k, v)
     d_sums = torch.empty(0, dtype=accumulator(q)) if sums is None else fresh(d_before.sums, *given)

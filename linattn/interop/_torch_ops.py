@@ -46,8 +46,10 @@ OPS = torch.ops.linattn
 # -- tensors and NumPy's views of them ----------------------------------------------------------------------------
 
 
-def view(x: Tensor) -> np.ndarray:
-    """The tensor's memory as a NumPy array; bfloat16, which torch does not hand over, goes as its bits."""
+def view(x: Tensor | None) -> Any:
+    """The tensor's memory as a NumPy array; bfloat16, which torch does not hand over, goes as its bits. None: None."""
+    if x is None:
+        return None
     if x.requires_grad:
         x = x.detach()
     if x.dtype is torch.bfloat16:
@@ -55,10 +57,6 @@ def view(x: Tensor) -> np.ndarray:
 
         return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return x.numpy()
-
-
-def optional_view(x: Tensor | None) -> np.ndarray | None:
-    return None if x is None else view(x)
 
 
 def tensor(x: np.ndarray) -> Tensor:
@@ -89,7 +87,7 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 def _linear(q, k, v, sums, rest, turn_q, turn_k, key_mask, cu_seqlens, *options):
     out, den, after = _kernels.linear_forward(
-        view(q), view(k), view(v), _pair(sums, rest), _pair(turn_q, turn_k), optional_view(key_mask), optional_view(cu_seqlens),
+        view(q), view(k), view(v), _pair(sums, rest), _pair(turn_q, turn_k), view(key_mask), view(cu_seqlens),
         LinearOptions(*options),
     )  # fmt: skip
     none = torch.empty(0, dtype=accumulator(q))
@@ -104,8 +102,8 @@ def _linear_backward(
 ):  # fmt: skip
     options = LinearOptions(*options)
     d_q, d_k, d_v, d_before = _kernels.linear_backward(
-        view(d_out), optional_view(d_sums), view(q), view(k), view(v), view(den) if options.normalize else None,
-        _pair(sums, rest), _pair(turn_q, turn_k), optional_view(key_mask), optional_view(cu_seqlens), options,
+        view(d_out), view(d_sums), view(q), view(k), view(v), view(den) if options.normalize else None,
+        _pair(sums, rest), _pair(turn_q, turn_k), view(key_mask), view(cu_seqlens), options,
     )  # fmt: skip
     d_sums_before = torch.empty(0, dtype=accumulator(q)) if sums is None else fresh(d_before, d_sums)
     return tensor(d_q), tensor(d_k), tensor(d_v), d_sums_before
@@ -113,21 +111,19 @@ def _linear_backward(
 
 def _softmax(q, k, v, key_mask, cu_seqlens, scale, causal, offset):
     options = SoftmaxOptions(scale, causal, offset)
-    return tensor(_kernels.softmax_forward(view(q), view(k), view(v), optional_view(key_mask), optional_view(cu_seqlens), options))
+    return tensor(_kernels.softmax_forward(view(q), view(k), view(v), view(key_mask), view(cu_seqlens), options))
 
 
 def _softmax_backward(d_out, q, k, v, key_mask, cu_seqlens, scale, causal, offset):
     options = SoftmaxOptions(scale, causal, offset)
-    grads = _kernels.softmax_backward(
-        view(d_out), view(q), view(k), view(v), optional_view(key_mask), optional_view(cu_seqlens), options
-    )
+    grads = _kernels.softmax_backward(view(d_out), view(q), view(k), view(v), view(key_mask), view(cu_seqlens), options)
     return tuple(tensor(x) for x in grads)
 
 
 def _turns(like, n_queries, n_keys, first, length, align, position_q, position_k, cu_seqlens):
     tables = _kernels.turns(
         view(like), n_queries, n_keys, first, length, align, _pair(position_q, position_k),
-        optional_view(cu_seqlens),
+        view(cu_seqlens),
     )  # fmt: skip
     return tuple(tensor(x.copy()) for x in tables)  # q's and k's may be one table
 
@@ -351,5 +347,5 @@ register("turns", _turns, _turns_fake, _turns_vmap, None)
 
 __all__ = [
     "LIBRARY", "OPS", "SECOND_ORDER",
-    "accumulator", "below_autograd", "fresh", "optional_view", "register", "tensor", "turns", "view",
+    "accumulator", "below_autograd", "fresh", "register", "tensor", "turns", "view",
 ]  # fmt: skip

@@ -171,9 +171,7 @@ def _turns(mechanism: Any, q: Array, k: Array, call: Call, edges: Any) -> tuple[
     return mechanism._turns(call, n_queries, n_keys, k)
 
 
-def _on_host(
-    function: Callable[..., Any], results: Any, *arrays: Array, vmap_method: str = "broadcast_all"
-) -> Any:
+def _on_host(function: Callable[..., Any], results: Any, *arrays: Array, vmap_method: str = "broadcast_all") -> Any:
     """`function` on NumPy arrays, when the values are there; under vmap with the batch in front of every array."""
     return jax.pure_callback(
         lambda *given: function(*jax.tree.map(np.asarray, given)), results, *arrays, vmap_method=vmap_method
