@@ -20,7 +20,13 @@ import onnxruntime
 
 import linattn as la
 
-MECHANISMS = (la.Linear("elu1"), la.CosFormer(length=128), la.Softmax())
+MECHANISMS = (
+    la.Linear("elu1"),
+    la.CosFormer(length=128),
+    la.Softmax(),
+    la.Performer(16, seed=0),
+    la.LLN(alpha=0.8, beta=0.6),
+)
 
 
 def export(attend: Any, shape: tuple[int, ...]) -> Any:
@@ -54,9 +60,12 @@ def error(attend: Any, shape: tuple[int, ...] = (2, 24, 8), file: Path | None = 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, help="keep the first mechanism's model here")
+    names = [type(attend).__name__ for attend in MECHANISMS]
+    parser.add_argument("--mechanisms", nargs="+", default=names, choices=names)
     given = parser.parse_args(arguments)
     far = {}
-    for i, attend in enumerate(MECHANISMS):
+    chosen = [attend for attend in MECHANISMS if type(attend).__name__ in given.mechanisms]
+    for i, attend in enumerate(chosen):
         far[repr(attend)] = error(attend, file=given.file if i == 0 else None)
         print(f"{attend!r}: onnxruntime and linattn differ by {far[repr(attend)]:.1e}")
     return far

@@ -136,6 +136,11 @@ def cast(x: Array, dtype: Any, xp: Any) -> Array:
     return x if x.dtype == dtype else xp.astype(x, dtype)
 
 
+def indices(x: Array, xp: Any) -> Array:
+    """Integers in a dtype that the library's `take` accepts."""
+    return cast(x, xp.int64, xp) if _root(x) == "ndonnx" else x
+
+
 def detached(x: Array) -> Array:
     """The same numbers, constants to the framework's own differentiation."""
     if _root(x) == "torch":
