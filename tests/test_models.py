@@ -14,7 +14,7 @@ from cases import assert_bits
 import linattn as la
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-ONNX = 1e-6  # float32, another order of sums
+ONNX = 5e-6  # 80 roundings of float32: angles, features, sums in another order
 SAME_MODEL = 1e-5
 
 
