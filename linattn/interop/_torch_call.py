@@ -191,7 +191,7 @@ def _linear(
     options = LinearOptions.of(mechanism, call.causal, name)
     sums, rest = (None, None) if state is None else state
     out, _, *after = _run(OPS.linear.default, q, k, v, sums, rest, turn_q, turn_k, call.key_mask, edges, *options)
-    return out.to(dtype), LinearState(*after)
+    return (out if out.dtype is dtype else out.to(dtype)), LinearState(*after)
 
 
 def _mechanism(
@@ -222,6 +222,8 @@ def _run(operator: Any, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return operator(*args)
     try:
+        if not torch._C._are_functorch_transforms_active():
+            return _torch_ops.directly(operator, args)
         return operator(*args)
     except RuntimeError as error:
         if "functorch transforms" in str(error):

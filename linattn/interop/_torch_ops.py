@@ -239,9 +239,23 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+DERIVATIVES: dict[Any, Any] = {}  # of each operator, its autograd function
+
+
+def directly(operator: Any, args: tuple[Any, ...]) -> Any:
+    """What the dispatcher would do for plain tensors, without its first round: it costs as much as a small kernel."""
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return DERIVATIVES[operator].apply(*args)
+    with below_autograd():
+        return operator(*args)
+
+
 def register(name: str, kernel: Any, fake: Any, rule: Any, derivative: Any) -> None:
     """The operator's registrations. `derivative`: an autograd function of its arguments, or None if it has none."""
     operator = getattr(OPS, name).default
+    DERIVATIVES[operator] = derivative
 
     def plain(*args: Any) -> Any:
         with below_autograd():
@@ -347,5 +361,5 @@ register("turns", _turns, _turns_fake, _turns_vmap, None)
 
 __all__ = [
     "LIBRARY", "OPS", "SECOND_ORDER",
-    "accumulator", "below_autograd", "fresh", "register", "tensor", "turns", "view",
+    "accumulator", "below_autograd", "directly", "fresh", "register", "tensor", "turns", "view",
 ]  # fmt: skip
