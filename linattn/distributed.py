@@ -10,8 +10,8 @@ The sums of the log-linear engine are in units of 2^gauge, a gauge for each feat
 the cotangent X of sums at the gauge G is 2^(g - G) X for the sums at the gauge g that went into them.
 
 Gradients of normalised attention do not change if all values are shifted by one vector. In float32 the backward shifts
-them by their weighted mean, which every rank knows from the states, and makes the states again: nothing cancels where
-values are far from zero.
+them by their weighted mean, which every rank knows from the states, and the states with them, or makes the states again
+where a room kept no compensation: nothing cancels where values are far from zero.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 
 from linattn import _arrays, _checks
 from linattn._arrays import Array
+from linattn.backends.reference import loglinear as reference
 from linattn.backends.reference._gauges import Powers
 from linattn.engines.linear import LinearState
 from linattn.engines.loglinear import LogLinearState
@@ -264,7 +265,12 @@ def vjp(
         now, saved = states, kept["rows"]
         if shift is not None:
             near = v - shift
-            now = _exchange(comm, lambda: own_state(near), shard.empty, xp)
+            if all(map(_is_compensated, states)):
+                now = [_centred(state, shift, xp) for state in states]
+                if heard:
+                    kept["keys"] = _with_values(attend, kept["keys"], near, shard.empty, keys_call)
+            else:
+                now = _exchange(comm, lambda: own_state(near), shard.empty, xp)
             saved = _with_values(attend, saved, of_rows(near), seen(now, comm.rank), rows_call)
 
         def own_cotangent() -> Any:
@@ -393,6 +399,23 @@ def _reaching(own: Any, cotangents: list[tuple[Any, Any]], xp: Any) -> Any:
         rest = rest + parts[1] + ((total - (new - seen)) + (parts[0] - seen))  # exact: two-sum
         total = new
     return own._replace(sums=total, rest=rest)
+
+
+def _is_compensated(state: Any) -> bool:
+    """Whether `rest` holds what the sums rounded away, or there is nothing to hold: read off a state all ranks know."""
+    rest, sums = (_arrays.to_numpy(x) for x in (state.rest, state.sums))
+    return bool(np.any(rest != 0) or not np.any(sums != 0))
+
+
+def _centred(state: Any, shift: Array, xp: Any) -> Any:
+    """The state of the values less `shift` (..., 1, E): S_num - z shift^T, in the dtype of running totals."""
+    total = reference.value(state, xp)
+    by = (
+        shift if isinstance(state, LogLinearState) else shift[..., None, :, :]
+    )  # (..., n, R, E + 1) of the linear engine
+    lost = total[..., -1:] * _arrays.cast(by, total.dtype, xp)
+    sums, rest = reference.rounded(xp.concat([total[..., :-1] - lost, total[..., -1:]], axis=-1), state.sums, xp)
+    return state._replace(sums=sums, rest=rest)
 
 
 def _with_values(attend: Any, saved: Any, values: Array, state: Any, call: Call) -> Any:
