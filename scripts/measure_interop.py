@@ -37,7 +37,7 @@ TRAINED = ("sdpa", "softmax", "elu1", "relu", "cosformer", "performer", "lln", "
 TOKENS = 131072
 RANKED = [la.Linear("elu1"), la.CosFormer(TOKENS), la.LLN(alpha=1.0, beta=1.0)]
 RANK_SHAPE = (2, 64)  # heads, channels
-RANK_ROUNDS = 2
+RANK_ROUNDS = 4
 
 
 def best(run: Callable[[], Any], calls: int, rounds: int, clock: Callable[[], float] = time.process_time) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -213,9 +214,15 @@ def _turns(
     if not isinstance(mechanism, CosFormer):
         return None, None
     p_q, p_k = call.positions or (None, None)
-    first, length = call.first_position, mechanism.length or 0
+    first, length, n_queries, n_keys = call.first_position, mechanism.length or 0, q.shape[-2], k.shape[-2]
     dtype = _torch_ops.accumulator(k)
-    return _torch_ops.turns(dtype, q.shape[-2], k.shape[-2], first, length, mechanism.align, p_q, p_k, edges)
+    if torch.compiler.is_compiling() or not (p_q is p_k is edges is None):
+        like = torch.empty(0, dtype=dtype)
+        return OPS.turns.default(like, n_queries, n_keys, first, length, mechanism.align, p_q, p_k, edges)
+    # NumPy at once: the tables carry no derivative
+    here = np.empty(0, np.float64 if dtype is torch.float64 else np.float32)
+    tables = mechanism._turns(Call(np, first_position=first), n_queries, n_keys, here)
+    return _torch_ops.tensor(tables[0]), _torch_ops.tensor(tables[1])
 
 
 def _run(operator: Any, *args: Any) -> Any:

@@ -128,17 +128,6 @@ def _turns(like, n_queries, n_keys, first, length, align, position_q, position_k
     return tuple(tensor(x.copy()) for x in tables)  # q's and k's may be one table
 
 
-def turns(dtype: torch.dtype, *args: Any) -> tuple[Tensor, Tensor]:
-    """The operator where something may be traced; else NumPy at once, for the tables carry no derivative."""
-    *numbers, position_q, position_k, cu_seqlens = args
-    if torch.compiler.is_compiling() or not (position_q is position_k is cu_seqlens is None):
-        return OPS.turns.default(torch.empty(0, dtype=dtype), *args)
-    like = np.empty(0, np.float64 if dtype is torch.float64 else np.float32)
-    n_queries, n_keys, first, length, align = numbers
-    table_q, table_k = _kernels.turns(like, n_queries, n_keys, first, length, align, None, None)
-    return tensor(table_q), tensor(table_k)
-
-
 # -- fakes: shapes and dtypes -------------------------------------------------------------------------------------
 
 
@@ -361,5 +350,5 @@ register("turns", _turns, _turns_fake, _turns_vmap, None)
 
 __all__ = [
     "LIBRARY", "OPS", "SECOND_ORDER",
-    "accumulator", "below_autograd", "directly", "fresh", "register", "tensor", "turns", "view",
+    "accumulator", "below_autograd", "directly", "fresh", "register", "tensor", "view",
 ]  # fmt: skip
