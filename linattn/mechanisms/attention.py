@@ -56,6 +56,7 @@ class Attention:
 
     - `_forward(q, k, v, arrays, call, out) -> out, arrays, saved`: `arrays` is the engine's state or None
     - `_backward(d_out, d_arrays, saved, call, out) -> d_q, d_k, d_v, d_arrays`
+    - `_saved(q, k, v, arrays, call) -> saved`, for those who kept the arguments alone
     - `_weights(q, k, call) -> (..., N, M)`
     - `_empty(k, v, call) -> arrays` and `_merge(earlier, later, xp) -> arrays`
     - `_refuse(call, streaming)`: raises for what the mechanism cannot do
@@ -366,6 +367,10 @@ class Attention:
         self, d_out: Array, d_arrays: Any, saved: Any, call: Call, out: Any
     ) -> tuple[Array, Array, Array, Any]:
         raise NotImplementedError
+
+    def _saved(self, q: Array, k: Array, v: Array, arrays: Any, call: Call) -> Any:
+        """What `_forward` saves, made again from its arguments alone; by default by a forward."""
+        return self._forward(q, k, v, arrays, call, None)[2]
 
     def _weights(self, q: Array, k: Array, call: Call) -> Array:
         raise NotImplementedError

@@ -171,7 +171,7 @@ class CosFormer(FeatureAttention):
         return _arrays.cast(angle_table(p, length, call.xp), _arrays.accumulator(like, call.xp), call.xp)
 
     def _check_last(self, last: int, length: Any) -> None:
-        if last > length:
+        if not _arrays.is_traced(last) and last > length:
             raise _checks.position_outside(self, length + 1, length)
 
     def _check_positions(self, p: Array, length: int, xp: Any) -> None:
@@ -204,7 +204,8 @@ class CosFormer(FeatureAttention):
 
     def _refuse_merge(self, earlier: State, later: State) -> None:
         super()._refuse_merge(earlier, later)
-        if later.start != earlier.position:
+        known = not (_arrays.is_traced(later.start) or _arrays.is_traced(earlier.position))
+        if known and later.start != earlier.position:
             raise ValueError(
                 f"`later` must have been begun at the position where `earlier` ends ({earlier.position}), "
                 f"got {later.start}: see `init_state(k, v, position=...)`."

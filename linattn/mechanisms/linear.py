@@ -80,6 +80,9 @@ class Linear(FeatureAttention, LogFeatureAttention):
     ) -> tuple[Array, Array, Array, Any]:
         return self._verbs._backward(self, d_out, d_arrays, saved, call, out)
 
+    def _saved(self, q: Array, k: Array, v: Array, arrays: Any, call: Call) -> Any:
+        return self._verbs._saved(self, q, k, v, arrays, call)
+
     def _weights(self, q: Array, k: Array, call: Call) -> Array:
         return self._verbs._weights(self, q, k, call)
 

@@ -54,10 +54,13 @@ class LogFeatureAttention(Attention):
     # -- the verbs of `Attention` -----------------------------------------------------------------------------------
 
     def _forward(self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any) -> tuple[Array, Any, Any]:
-        constants, k = self._constants(q, k, call), shown(k, call)
-        where, features = room(call, q, "loglinear"), self._log_features(constants, call)
+        saved = q, k, v, arrays, constants, where = LogFeatureAttention._saved(self, q, k, v, arrays, call)
+        features = self._log_features(constants, call)
         y, after = log_features.forward(features, q, k, v, arrays, _options(call), room=where, out=out, xp=call.xp)
-        return y, after, (q, k, v, arrays, constants, where)
+        return y, after, saved
+
+    def _saved(self, q: Array, k: Array, v: Array, arrays: Any, call: Call) -> Any:
+        return q, shown(k, call), v, arrays, self._constants(q, k, call), room(call, q, "loglinear")
 
     def _backward(
         self, d_out: Array, d_arrays: Any, saved: Any, call: Call, out: Any

@@ -185,6 +185,11 @@ class RandomFeatureAttention(LogFeatureAttention):
         y = _arrays.fill(out, _arrays.cast(y, v.dtype, xp))
         return y, after, (q, k, v, constants, saved, where)
 
+    def _saved(self, q: Array, k: Array, v: Array, arrays: Any, call: Call) -> Any:
+        if self.features in POSITIVE:
+            return super()._saved(q, k, v, arrays, call)
+        return self._forward(q, k, v, arrays, call, None)[2]
+
     def _backward_all(
         self, d_out: Array, d_arrays: Any, saved: Any, call: Call, out: Any
     ) -> tuple[Array, Array, Array, Any, tuple[Any, ...]]:

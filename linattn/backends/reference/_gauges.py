@@ -322,7 +322,7 @@ class Powers:
             self.tables[dtype] = xp.asarray(numbers, dtype=dtype, device=_arrays.device(self.like))
         table = self.tables[dtype]
         index = xp.reshape(xp.clip(-n, 0, table.shape[0] - 1), (-1,))
-        return xp.reshape(xp.take(table, index, axis=0), tuple(n.shape))
+        return xp.reshape(xp.take(table, _arrays.indices(index, xp), axis=0), tuple(n.shape))
 
 
 def _largest(x, xp):

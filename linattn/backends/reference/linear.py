@@ -187,7 +187,7 @@ def _chunks(x, size, xp):
 
 
 def _nan_where(condition, x, xp):
-    return xp.where(condition, xp.full_like(x[..., :1, :1], math.nan), x)
+    return xp.where(condition, xp.full((), math.nan, dtype=x.dtype, device=_arrays.device(x)), x)
 
 
 # -- operands and state -----------------------------------------------------------------------------------------
