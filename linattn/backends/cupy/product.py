@@ -1,0 +1,214 @@
+"""The one product that forward and backward are made of, with its options, on a device.
+
+    out[t] = sum_i turn_a[t, i] a[t] . S_i + sum over s in span(t) of w(t, s) (a[t] . b[s]) c[s]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from linattn import _arrays
+
+from . import plan
+from .plan import APPLY, AS_IS, NONE, PLAIN, SUMS, SWEEP, TOTAL
+
+
+class Slot(NamedTuple):
+    """An operand: an array, what is done to it while it is loaded, and its extra column."""
+
+    array: Any
+    map: int = 0
+    scaled: int = AS_IS
+    extra: int = NONE
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product's operands and options; states are (*lead, n, R, E1), or transposed."""
+
+    lead: tuple[int, ...]
+    dtype: str
+    span: str
+    a: Slot
+    b: Slot
+    c: Slot
+    out: Any
+    n_sums: int
+    reverse: bool = False
+    normalize: bool = False
+    epilogue: int = PLAIN
+    rule: tuple[int, float] = (0, 0.0)
+    turns: tuple[Any, Any] | None = None
+    mask: Any = None
+    mask_keys: bool = False
+    mask_rows: bool = False
+    mean: Any = None
+    den: Any = None
+    scale: Any = None
+    scaled_rows: bool = False
+    extra: Any = None  # (tiles, *lead, tokens)
+    other: Any = None
+    out_map: int = 0
+    start: tuple[Any, Any] | None = None  # sums and rest
+    final: tuple[Any, Any] | None = None
+    start_once: bool = False  # heads that share a state: the first alone starts from it
+    transposed: bool = False
+
+    @property
+    def sizes(self) -> plan.Sizes:
+        rows, width = self.a.array.shape[-2:]
+        keys, columns = self.c.array.shape[-2:]
+        extra = self.a.extra != NONE
+        return plan.Sizes(
+            plan.heads_of(self.lead), rows, keys, width + extra, columns, self.n_sums, self.normalize
+        )
+
+
+def served(device: Any, q: Any, k: Any, v: Any, lead: tuple[int, ...], state: Any) -> bool:
+    """Whether kernels serve a call both ways; what is empty, has many axes or very many features goes elsewhere."""
+    (N, D), (M, E), n_sums = q.shape[-2:], v.shape[-2:], state[0].shape[-3]
+    if not (plan.fits(lead) and plan.heads_of(lead) and N and M and D and E):
+        return False
+    dtype = _arrays.dtype_name(q)
+    wide = (plan.Sizes(1, N, M, width + 1, 1, n_sums, True) for width in (D, E))
+    return all(plan.exact_kernel(dtype, sizes, device.card) for sizes in wide)
+
+
+def params_of(product: Product, device: Any) -> np.ndarray:
+    """All that does not depend on how the product is cut."""
+    p = np.zeros((), plan.PARAMS)
+    lead, reverse = product.lead, product.reverse and product.span == "past"
+
+    def put(name, x, n_inner=2):
+        if x is not None:
+            plan.put_array(p[name], device.pointer(x), x, n_inner, lead, reverse)
+
+    for name in ("a", "b", "c"):
+        slot = getattr(product, name)
+        put(name, slot.array)
+        p[f"{name}_map"], p[f"{name}_scaled"] = slot.map, slot.scaled
+    put("out", product.out)
+    put("other", product.other)
+    for name, x in zip(("turn_a", "turn_b"), product.turns or ()):
+        put(name, x)
+    for name in ("mask", "den", "scale"):
+        put(name, getattr(product, name), 1)
+    if product.mean is not None:
+        plan.put_array(p["mean"], device.pointer(product.mean), product.mean, 2, lead, False)
+    if product.extra is not None:
+        put("extra", product.extra[0], 1)
+        p["extra_tile"] = product.extra.strides[0] // product.extra.itemsize
+        p["extra_tiles"] = product.extra.shape[0]
+    for names, pair in ((("start", "rest"), product.start), (("final", "final_rest"), product.final)):
+        for name, x in zip(names, pair or ()):
+            if x is not None:
+                plan.put_state(p[name], device.pointer(x), x, lead, product.transposed)
+    sizes = product.sizes
+    p["size"] = plan.lead_sizes(lead)
+    p["rule"], p["eps"] = product.rule
+    p["rows"], p["keys"], p["columns"], p["n_sums"] = sizes.rows, sizes.keys, sizes.columns, sizes.n_sums
+    p["width"] = sizes.width - (product.a.extra != NONE)
+    p["a_extra"], p["b_extra"] = product.a.extra, product.b.extra
+    p["normalize"], p["epilogue"], p["out_map"] = product.normalize, product.epilogue, product.out_map
+    p["mask_keys"] = product.mask_keys and product.mask is not None
+    p["mask_rows"] = product.mask_rows and product.mask is not None
+    p["start_once"], p["final_once"] = product.start_once, True
+    p["scaled_rows"] = product.scaled_rows
+    if product.out is not None:
+        p["out_real"] = product.out.dtype.name != product.dtype
+    return p
+
+
+def run(product: Product, device: Any, xp: Any) -> None:
+    """Launch it."""
+    for launch in launches(product, device, xp):
+        device.run(launch)
+
+
+def launches(product: Product, device: Any, xp: Any) -> list[plan.Launch]:
+    """The launches of a product, in order; each holds the memory it works in."""
+    sizes, card = product.sizes, device.card
+    found = plan.exact_kernel(product.dtype, sizes, card)
+    if found is None:
+        raise ValueError(f"no kernel for {sizes.width} features fits {card.shared} bytes of shared memory")
+    instance, chunk, tile, shared = found
+    base = params_of(product, device)
+    blocks, tiles = plan.grid(sizes, tile, 1)
+    base["tiles"] = tiles
+
+    def launch(mode, n_segments, length, keeps=None, **changes):
+        p = replaced(base, mode=mode, segments=n_segments, segment=length, **changes)
+        return plan.Launch(instance, blocks * n_segments, shared, p, keeps)
+
+    if product.span == "past":
+        n_segments, length = plan.segments(blocks, sizes.rows, chunk, card)
+        if n_segments == 1:
+            return [launch(SWEEP, 1, length)]
+        kept, work = segment_sums(product, sizes, n_segments, device, xp)
+        none = np.zeros((), plan.STATE)
+        own = {"start": none, "rest": none, "final": work, "final_rest": none, "final_once": 0}
+        scan = replaced(base, work=work, segments=n_segments)
+        # the sums of all segments but the last; what comes before each; the sweep from there
+        return [
+            launch(SUMS, n_segments - 1, length, kept, **own),
+            plan.scan_launch(scan, sizes, product.dtype, SWEEP, card),
+            launch(SWEEP, n_segments, length, kept, start=work, rest=none, start_once=0),
+        ]
+    return over_all(product, base, launch, blocks, chunk, device, xp)
+
+
+def over_all(
+    product: Product, base: np.ndarray, launch: Any, blocks: int, chunk: int, device: Any, xp: Any
+) -> list[plan.Launch]:
+    """Every row sees every key: the state's total first, the rows from it."""
+    sizes, card, total = product.sizes, device.card, None
+    if product.final is None:
+        shape = (*product.lead, sizes.n_sums, sizes.width, sizes.columns + sizes.normalize)
+        sums = np.zeros((), plan.STATE)
+        total = empty(shape, real_of(product.dtype), xp)
+        plan.put_state(sums, device.pointer(total), total, product.lead, False)
+        totals = {"final": sums, "final_rest": np.zeros((), plan.STATE)}
+    else:
+        totals = {name: base[name].copy() for name in ("final", "final_rest")}
+    n_segments, length = plan.segments(blocks, sizes.keys, chunk, card)
+    if n_segments == 1:
+        sums_of_keys = [launch(SUMS, 1, length, **totals)]
+    else:
+        kept, work = segment_sums(product, sizes, n_segments, device, xp)
+        none = np.zeros((), plan.STATE)
+        own = {"start": none, "rest": none, "final": work, "final_rest": none, "final_once": 0}
+        scan = replaced(base, work=work, segments=n_segments, **totals)
+        sums_of_keys = [launch(SUMS, n_segments, length, kept, **own), plan.scan_launch(scan, sizes, product.dtype, TOTAL, card)]
+    n_segments, length = plan.segments(blocks, sizes.rows, chunk, card)
+    if sizes.rows == 0:
+        return sums_of_keys
+    start, rest = totals["final"], totals["final_rest"]
+    return [*sums_of_keys, launch(APPLY, n_segments, length, total, start=start, rest=rest, start_once=0)]
+
+
+def segment_sums(product: Product, sizes: plan.Sizes, n_segments: int, device: Any, xp: Any) -> tuple[Any, np.ndarray]:
+    """Memory for the segments' sums, and the same as the kernels see it."""
+    work = empty(plan.work_shape(product.lead, sizes, n_segments), real_of(product.dtype), xp)
+    record = np.zeros((), plan.STATE)
+    plan.put_state(record, device.pointer(work), work, product.lead, False, segmented=True)
+    return work, record
+
+
+def empty(shape: tuple[int, ...], dtype: str, xp: Any) -> Any:
+    """Fresh memory on the current device, which is that of the arrays."""
+    return xp.empty(shape, dtype=getattr(xp, dtype))
+
+
+def real_of(dtype: str) -> str:
+    """The accumulation dtype."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def replaced(p: np.ndarray, **changes: Any) -> np.ndarray:
+    p = p.copy()
+    for name, x in changes.items():
+        p[name] = x
+    return p
