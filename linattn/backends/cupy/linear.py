@@ -12,6 +12,7 @@ the map are done where a kernel loads and stores. What no kernel serves runs in 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from linattn import _arrays
@@ -19,7 +20,7 @@ from linattn.backends.reference import linear as reference
 
 from . import _maps, plan
 from .plan import CENTRED, CHAIN, DELTA, DIVIDE, DIVIDED, MAKE, MAPS, ONES, PLAIN, READ, VECTOR
-from .product import Product, Slot, empty, real_of, run, served
+from .product import Product, Slot, empty, real_of, run, served, tiles_of
 
 FEATURE_MAPS = frozenset(MAPS)
 SAMPLE = 256  # tokens whose mean centres the values: any number would do, one near them rounds least
@@ -71,7 +72,9 @@ def backward(
         N, M, D, E = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
         turn_q, turn_k = turns or (None, None)
         lead_kv = tuple(state[0].shape[:-3])
-        given = {"n_sums": n_sums, "rule": _rule(eps), "mask": key_mask, "den": den}
+        # a cotangent over a large divisor leaves the range of float16
+        tensor = dtype == "bfloat16"
+        given = {"n_sums": n_sums, "rule": _rule(eps), "mask": key_mask, "den": den, "tensor": tensor}
         to_queries = {**given, "turns": turns, "mask_keys": True}
         to_keys = {**given, "turns": turns and (turn_k, turn_q), "mask_rows": True, "reverse": True}
         grads = [
@@ -81,7 +84,7 @@ def backward(
 
         before = reference._value(state, xp)
         after = xp.zeros_like(before) if d_state is None else _arrays.cast(d_state, before.dtype, xp)
-        scale = extra = mean = wide = None
+        scale = mean = wide = None
         g, values, features = Slot(d_out), Slot(v), Slot(q, phi)
         g1, v1 = g, values
         if normalize:
@@ -90,12 +93,10 @@ def backward(
             before = xp.concat([before[..., :-1] - before[..., -1:] * wide, before[..., -1:]], axis=-1)
             after = xp.concat([after[..., :-1], after[..., -1:] + _sum(after[..., :-1] * wide, xp)], axis=-1)
             scale = empty((*lead, N), real, xp) if safe else None
-            tiles = plan.tiles_of(dtype, device.card, plan.Sizes(1, N, M, D, E, n_sums, False))
-            extra = empty((tiles, *lead, N), real, xp)
             g, values, features = Slot(d_out, DIVIDED), Slot(v, CENTRED), Slot(q, phi, READ if safe else 0)
             g1, v1 = g._replace(extra=VECTOR), values._replace(extra=ONES)
         before, after = _pair(before, real_type, xp), _pair(after, real_type, xp)
-        given = {"mean": mean, "scale": scale, "extra": extra}
+        given = {"mean": mean, "scale": scale}
 
         if normalize:  # d_den[t] = -c' (g . num) / c + (g . mean) (1 - c' den / c): in `extra`
             a = Slot(q, phi, MAKE if safe else 0)
@@ -103,7 +104,8 @@ def backward(
                 lead, dtype, span, a, Slot(k, phi), values, None,
                 epilogue=DELTA, other=d_out, start=before, **to_queries, **given,
             )  # fmt: skip
-            run(delta, device, xp)
+            given["extra"] = empty((tiles_of(delta, device), *lead, N), real, xp)
+            run(replace(delta, extra=given["extra"]), device, xp)
         # d_phi_q = P(G, [vc, 1], phi_k)
         d_q = Product(
             lead, dtype, span, g1, v1, Slot(k, phi), grads[0],

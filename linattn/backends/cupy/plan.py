@@ -51,7 +51,7 @@ PARAMS = np.dtype(
 
 SHORTEST = 512  # tokens in a segment, at least
 BLOCKS_PER_MULTIPROCESSOR = 3
-MOST_BLOCKS = 2**31 - 1
+SWEEP_CAPABILITY = (8, 0)  # bf16 on the tensor core, asynchronous copies
 
 
 class Card(NamedTuple):
@@ -134,20 +134,56 @@ def exact_shared(sizes: Sizes, chunk: int, tile: int, itemsize: int) -> int:
     return itemsize * (numbers + state * (2 if itemsize == 4 else 1))
 
 
-def exact_kernel(dtype: str, sizes: Sizes, card: Card) -> tuple[specs.Instance, int, int, int] | None:
-    """(instance, chunk, tile, shared bytes): the larger of the two sizes that fits; None if neither does."""
+class Kernel(NamedTuple):
+    """The kernel that serves a product: its chunk and tile; for each mode the instance and bytes of shared memory."""
+
+    chunk: int
+    tile: int
+    modes: tuple[tuple[specs.Instance, int], ...]
+
+
+def exact_kernel(dtype: str, sizes: Sizes, card: Card) -> Kernel | None:
+    """The larger of the two sizes that fits; None if neither does."""
     itemsize = 8 if dtype == "float64" else 4
     for chunk, tile in specs.EXACT_SIZES[dtype]:
         shared = exact_shared(sizes, chunk, tile, itemsize)
         if shared <= card.shared:
-            return specs.exact(dtype, chunk, tile), chunk, tile, shared
+            return Kernel(chunk, tile, ((specs.exact(dtype, chunk, tile), shared),) * 3)
     return None
 
 
-def tiles_of(dtype: str, card: Card, sizes: Sizes) -> int:
-    """Tiles of columns of a product on the exact kernel."""
-    found = exact_kernel(dtype, sizes, card)
-    return 1 if found is None else -(-sizes.columns // found[2])
+def sweep_shared(width: int, n_sums: int, extra: bool, mode: str) -> int:
+    """Bytes of shared memory of the sweep; the kernel lays them out in this order."""
+    rows, keys, chunk = mode != "SUMS", mode != "APPLY", specs.SWEEP_CHUNK
+    pitch, pitch_x = width + 8, specs.SWEEP_TILE + 8
+    stage = keys * chunk * (pitch + pitch_x) + rows * chunk * pitch
+    state = rows * n_sums * (width + 16 * extra) * pitch_x
+    tables = 2 * 10 * chunk + chunk + 128 + 8
+    return 2 * (2 * stage + state) + 4 * tables
+
+
+def sweep_kernel(dtype: str, sizes: Sizes, extra: bool, card: Card) -> Kernel | None:
+    """The tensor-core sweep, if it serves such a product on this card."""
+    width = sizes.width - extra
+    kind = "extra" if extra else "ones" if sizes.normalize else "bare"
+    short = max(sizes.rows, sizes.keys) < specs.SWEEP_CHUNK
+    if kind not in specs.SWEEPS.get(dtype, ()) or width not in specs.SWEEP_WIDTHS or short:
+        return None
+    if sizes.columns % specs.SWEEP_TILE or card.capability < SWEEP_CAPABILITY:
+        return None
+    modes = tuple(
+        (specs.sweep(dtype, width, sizes.n_sums, kind, mode), sweep_shared(width, sizes.n_sums, extra, mode))
+        for mode in specs.MODES
+    )
+    if max(shared for _, shared in modes) > card.shared:
+        return None
+    return Kernel(specs.SWEEP_CHUNK, specs.SWEEP_TILE, modes)
+
+
+def aligned(x: Any, pointer: int) -> bool:
+    """Whether every row of `x` is contiguous and begins on a 16-byte boundary."""
+    *outer, column = x.strides
+    return column == x.itemsize and not any(step % 16 for step in (*outer, pointer))
 
 
 def segments(blocks: int, tokens: int, chunk: int, card: Card) -> tuple[int, int]:

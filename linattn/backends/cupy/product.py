@@ -56,6 +56,7 @@ class Product:
     final: tuple[Any, Any] | None = None
     start_once: bool = False  # heads that share a state: the first alone starts from it
     transposed: bool = False
+    tensor: bool = True  # whether operands may be rounded to 16 bits
 
     @property
     def sizes(self) -> plan.Sizes:
@@ -122,6 +123,25 @@ def params_of(product: Product, device: Any) -> np.ndarray:
     return p
 
 
+def kernel_of(product: Product, device: Any) -> plan.Kernel:
+    """The tensor core's sweep where it serves, else the exact kernel."""
+    sizes = product.sizes
+    if product.tensor:
+        arrays = [x for x in (product.a.array, product.b.array, product.c.array, product.out, product.other) if x is not None]
+        found = plan.sweep_kernel(product.dtype, sizes, product.a.extra != NONE, device.card)
+        if found is not None and all(plan.aligned(x, device.pointer(x)) for x in arrays):
+            return found
+    found = plan.exact_kernel(product.dtype, sizes, device.card)
+    if found is None:
+        raise ValueError(f"no kernel for {sizes.width} features fits {device.card.shared} bytes of shared memory")
+    return found
+
+
+def tiles_of(product: Product, device: Any) -> int:
+    """Tiles of columns."""
+    return plan.grid(product.sizes, kernel_of(product, device).tile, 1)[1]
+
+
 def run(product: Product, device: Any, xp: Any) -> None:
     """Launch it."""
     for launch in launches(product, device, xp):
@@ -131,16 +151,15 @@ def run(product: Product, device: Any, xp: Any) -> None:
 def launches(product: Product, device: Any, xp: Any) -> list[plan.Launch]:
     """The launches of a product, in order; each holds the memory it works in."""
     sizes, card = product.sizes, device.card
-    found = plan.exact_kernel(product.dtype, sizes, card)
-    if found is None:
-        raise ValueError(f"no kernel for {sizes.width} features fits {card.shared} bytes of shared memory")
-    instance, chunk, tile, shared = found
+    kernel = kernel_of(product, device)
+    chunk = kernel.chunk
     base = params_of(product, device)
-    blocks, tiles = plan.grid(sizes, tile, 1)
+    blocks, tiles = plan.grid(sizes, kernel.tile, 1)
     base["tiles"] = tiles
 
     def launch(mode, n_segments, length, keeps=None, **changes):
         p = replaced(base, mode=mode, segments=n_segments, segment=length, **changes)
+        instance, shared = kernel.modes[mode]
         return plan.Launch(instance, blocks * n_segments, shared, p, keeps)
 
     if product.span == "past":

@@ -73,7 +73,36 @@ def scan(dtype: str) -> Instance:
     return Instance("scan", (("STORED", STORED[dtype]),))
 
 
+# -- the sweep: 16-bit numbers, contraction of 64 or 128, tiles of 64 columns
+
+SWEEP_CHUNK = SWEEP_TILE = 64
+SWEEP_WIDTHS = (64, 128)
+MODES = ("SWEEP", "SUMS", "APPLY")
+EXTRAS = ("ones", "extra", "bare")  # a column of ones beside c; an extra column of the contraction; neither
+SWEEPS = {"bfloat16": EXTRAS, "float16": ("ones", "bare")}  # cotangents over a divisor leave the range of float16
+
+
+@cache
+def sweep(dtype: str, width: int, n_sums: int, extra: str, mode: str) -> Instance:
+    blocks = {(64, 1): 3, (128, 1): 2, (64, 2): 2, (128, 2): 1}[width, n_sums]  # a multiprocessor: bounds registers
+    return Instance(
+        "sweep",
+        (
+            ("STORED", STORED[dtype]), ("WIDTH", width), ("SUMS", n_sums), ("ONES", int(extra == "ones")),
+            ("EXTRA", int(extra == "extra")), ("MODE", f"la::{mode}"), ("BLOCKS", blocks + (mode == "SUMS")),
+        ),
+    )  # fmt: skip
+
+
 INSTANCES: tuple[Instance, ...] = (
     *(exact(dtype, *size) for dtype, sizes in EXACT_SIZES.items() for size in sizes),
     *(scan(dtype) for dtype in ("float64", "float32")),
+    *(
+        sweep(dtype, width, n_sums, extra, mode)
+        for dtype, extras in SWEEPS.items()
+        for width in SWEEP_WIDTHS
+        for n_sums in (1, 2)
+        for extra in extras
+        for mode in MODES
+    ),
 )

@@ -9,12 +9,13 @@
 // Compiled    -DLA_STORED=float|double|la::f16|la::bf16 -DLA_CHUNK=.. -DLA_TILE=.. -DLA_NAME=..
 namespace la {
 template <class Stored, int C, int X> struct Exact {
+  static_assert(X <= 32 && X <= C, "a lane a column; rows of the product take the place of the scores");
   typedef typename RealOf<Stored>::type Real;
   static constexpr int THREADS = 256, SIDE = 16, WARPS = THREADS / 32, RC = C / SIDE, RX = X / SIDE, RR = 4;
   static constexpr bool COMPENSATED = sizeof(Real) == 4;
 
   // A slot's rows first .. first + C - 1 in shared memory; what is masked or past the end is zero after the map.
-  static __device__ __forceinline__ void load(
+  static __device__ __noinline__ void load(
       Real* to, int pitch, const Params& p, const Place& here, const Array& x, int map, int scaled, int extra,
       bool masked, int first, int last, int column, int width, int room, Real* made) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -28,6 +29,7 @@ template <class Stored, int C, int X> struct Exact {
       if (map == DIVIDED && there) by = divisor(head_of<Real>(p.den, here)[t * p.den.token], p.rule, Real(p.eps));
       Real* row = to + r * pitch;
       Real largest = 0;
+      #pragma unroll 2
       for (int x_ = lane; x_ < room; x_ += 32) {
         Real y = 0;
         if (there && x_ < width && !by.dead) {
@@ -50,11 +52,13 @@ template <class Stored, int C, int X> struct Exact {
         } else if (there) {
           factor = head_of<Real>(p.scale, here)[t * p.scale.token];
         }
+        #pragma unroll 1
         for (int x_ = lane; x_ < width; x_ += 32) row[x_] *= factor;
       }
       if (extra != NONE && lane == 0) {
         Real y = extra == ONES ? Real(1) : Real(0);
         if (extra == VECTOR && there)
+          #pragma unroll 1
           for (int i = 0; i < p.extra_tiles; i++)
             y += head_of<Real>(p.extra, here)[t * p.extra.token + i * p.extra_tile];
         row[width] = there ? y : Real(0);
@@ -63,6 +67,7 @@ template <class Stored, int C, int X> struct Exact {
   }
   static __device__ __forceinline__ void turns(Real* to, const Array& x, const Place& here, int first, int last) {
     const Real* from = head_of<Real>(x, here);
+    #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * C; i += THREADS)
       to[i] = first + i / 2 < last ? from[i64(first + i / 2) * x.token + i % 2 * x.column] : Real(0);
   }
@@ -99,6 +104,7 @@ template <class Stored, int C, int X> struct Exact {
     const bool begins = !p.start_once || here.owns(p.start.axis);
     const Real* start = begins ? head_of<Real>(p.start, here) : nullptr;
     const Real* rest = begins ? head_of<Real>(p.rest, here) : nullptr;
+    #pragma unroll 1
     for (int j = tid; j < n * width * (X + 1); j += THREADS) {
       const int x = j % (X + 1), r = j / (X + 1) % width, i = j / (X + 1) / width;
       if (x == X && !p.normalize) continue;
@@ -127,6 +133,7 @@ template <class Stored, int C, int X> struct Exact {
       if (sweep) {
         // scores[t, s] = w(t, s) a[t] . b[s]
         Real acc[RC][RC] = {};
+        #pragma unroll 4
         for (int r = 0; r < width; r++) {
           Real u[RC], w[RC];
           #pragma unroll
@@ -154,9 +161,11 @@ template <class Stored, int C, int X> struct Exact {
           // den[t] = sum_s scores[t, s] + sum_i turn_a[t, i] a[t] . S_i[:, E]
           Real own = 0;
           if (sweep)
+            #pragma unroll 1
             for (int s = 0; s <= tid; s++) own += scores[tid * (C + 1) + s];
           for (int i = 0; i < n; i++) {
             Real past = 0;
+            #pragma unroll 4
             for (int r = 0; r < width; r++) past += a[tid * pitch + r] * ones[i * width + r];
             own += turned ? turn_a[2 * tid + i] * past : past;
           }
@@ -165,6 +174,7 @@ template <class Stored, int C, int X> struct Exact {
         Real acc[RC][RX] = {};
         for (int i = 0; i < n; i++) {
           Real past[RC][RX] = {};
+          #pragma unroll 4
           for (int r = 0; r < width; r++) {
             Real u[RC], w[RX];
             #pragma unroll
@@ -183,6 +193,7 @@ template <class Stored, int C, int X> struct Exact {
               acc[j][x] += turned ? turn_a[2 * (ty + j * SIDE) + i] * past[j][x] : past[j][x];
         }
         if (sweep)
+          #pragma unroll 2
           for (int s = 0; s < C; s++) {
             Real w[RX];
             #pragma unroll
@@ -195,14 +206,20 @@ template <class Stored, int C, int X> struct Exact {
                 for (int x = 0; x < RX; x++) acc[j][x] += u * w[x];
               }
           }
-        __syncthreads();  // the denominators are there; the state has been read
-        finish(p, here, acc, den, factor, chunk, last, x0, columns, tx, ty);
+        __syncthreads();  // the denominators are there; scores and state have been read
+        #pragma unroll
+        for (int j = 0; j < RC; j++)
+          #pragma unroll
+          for (int x = 0; x < RX; x++) scores[(ty + j * SIDE) * X + tx + x * SIDE] = acc[j][x];
+        __syncthreads();  // the product's rows are there
+        finish(p, here, scores, den, factor, chunk, last, x0, columns);
       }
       if (p.mode != APPLY) {
         // S_i += sum_s turn_b[s, i] b[s] c[s]^T
         for (int i = 0; i < n; i++) {
           for (int r0 = ty; r0 < width; r0 += RR * SIDE) {
             Real acc[RR][RX] = {};
+            #pragma unroll 4
             for (int s = 0; s < C; s++) {
               const Real turn = turned ? turn_b[2 * s + i] : Real(1);
               Real w[RX];
@@ -227,8 +244,10 @@ template <class Stored, int C, int X> struct Exact {
               }
           }
           if (p.normalize)
+            #pragma unroll 1
             for (int r = tid; r < width; r += THREADS) {
               Real own = 0;
+              #pragma unroll 4
               for (int s = 0; s < C; s++) own += turned ? turn_b[2 * s + i] * b[s * pitch + r] : b[s * pitch + r];
               if (COMPENSATED) add(ones[i * width + r], ones_rest[i * width + r], own);
               else ones[i * width + r] += own;
@@ -246,6 +265,7 @@ template <class Stored, int C, int X> struct Exact {
     if (sweep && final) final -= here.segment * p.final.segment;  // of the last segment: not one of many
     if (sweep && final_rest) final_rest -= here.segment * p.final_rest.segment;
     if (!final) return;
+    #pragma unroll 1
     for (int j = tid; j < n * width * (X + 1); j += THREADS) {
       const int x = j % (X + 1), r = j / (X + 1) % width, i = j / (X + 1) / width;
       if (x == X ? !p.normalize || here.tile : x >= columns) continue;
@@ -260,65 +280,48 @@ template <class Stored, int C, int X> struct Exact {
     }
   }
 
-  // From rows of the product to what is asked for.
-  static __device__ __forceinline__ void finish(
-      const Params& p, const Place& here, Real (&acc)[RC][RX], const Real* den, const Real* factor, int chunk, int last,
-      int x0, int columns, int tx, int ty) {
-    #pragma unroll
-    for (int j = 0; j < RC; j++) {
-      const int row = ty + j * SIDE;
-      const i64 t = chunk + row;
-      const bool there = t < last;
+  // From rows of the product, in shared memory, to what is asked for: a warp a row, a lane a column.
+  static __device__ __noinline__ void finish(
+      const Params& p, const Place& here, const Real* product, const Real* den, const Real* factor, int chunk, int last,
+      int x0, int columns) {
+    const int lane = threadIdx.x % 32;
+    #pragma unroll 1
+    for (int row = threadIdx.x / 32; row < C && chunk + row < last; row += WARPS) {
+      const i64 t = chunk + row, x = x0 + lane;
+      const bool there = lane < columns;
+      Real own = 0;
+      Divisor<Real> by = {Real(1), Real(1), false};
+      if (p.epilogue == DIVIDE || p.epilogue == DELTA) {
+        Real* at = (Real*)head_of<Real>(p.den, here) + t * p.den.token;
+        own = p.epilogue == DIVIDE ? den[row] : *at;
+        by = divisor(own, p.rule, Real(p.eps));
+        if (p.epilogue == DIVIDE && lane == 0 && here.tile == 0) *at = own;
+      }
+      Real y = there ? product[row * X + lane] : Real(0);
       if (p.epilogue == DELTA) {
-        // d_den[t] = -c' (g . num) / c + (g . mean) (1 - c' den / c),  g = d_out / c; num of centred values; this tile's part
-        Divisor<Real> by = {Real(1), Real(1), true};
-        Real own = 0;
-        if (there) {
-          own = head_of<Real>(p.den, here)[t * p.den.token];
-          by = divisor(own, p.rule, Real(p.eps));
-        }
-        Real num = 0, mean = 0;
+        // d_den[t] = -c' (g . num) / c + (g . mean) (1 - c' den / c), g = d_out / c, num of centred values: this tile's part
+        Real g = 0, mean = 0;
+        if (there && !by.dead) g = real(head_of<Stored>(p.other, here)[t * p.other.token + x * p.other.column]) / by.c;
+        if (there && p.rule != SAFE) mean = g * head_of<Real>(p.mean, here)[x * p.mean.column];
+        Real num = there && !by.dead ? g * y : Real(0);
         #pragma unroll
-        for (int x = 0; x < RX; x++) {
-          const i64 column = tx + x * SIDE;
-          if (by.dead || column >= columns) continue;
-          const Real g =
-              real(head_of<Stored>(p.other, here)[t * p.other.token + (x0 + column) * p.other.column]) / by.c;
-          num += g * acc[j][x];
-          if (p.rule != SAFE) mean += g * head_of<Real>(p.mean, here)[(x0 + column) * p.mean.column];
-        }
-        #pragma unroll
-        for (int step = SIDE / 2; step; step /= 2) {
+        for (int step = 16; step; step /= 2) {
           num += __shfl_xor_sync(~0u, num, step);
           mean += __shfl_xor_sync(~0u, mean, step);
         }
         Real d_den = by.dead ? Real(0) : -by.slope * num / by.c;
         if (p.rule != SAFE) d_den += mean * (Real(1) - by.slope * own / by.c);
-        if (there && tx == 0) {
+        if (lane == 0) {
           ((Real*)head_of<Real>(p.extra, here))[t * p.extra.token + here.tile * p.extra_tile] = d_den;
           if (p.a_scaled == MAKE && here.tile == 0) ((Real*)head_of<Real>(p.scale, here))[t * p.scale.token] = factor[row];
         }
-        continue;
-      }
-      if (!there) continue;
-      Divisor<Real> by = {Real(1), Real(1), false};
-      if (p.epilogue == DIVIDE) {
-        by = divisor(den[row], p.rule, Real(p.eps));
-        if (tx == 0 && here.tile == 0) ((Real*)head_of<Real>(p.den, here))[t * p.den.token] = den[row];
-      }
-      const bool seen = !p.mask_rows || head_of<unsigned char>(p.mask, here)[t * p.mask.token];
-      const Real scale = p.scaled_rows ? head_of<Real>(p.scale, here)[t * p.scale.token] : Real(1);
-      #pragma unroll
-      for (int x = 0; x < RX; x++) {
-        const i64 column = tx + x * SIDE;
-        if (column >= columns) continue;
-        Real y = acc[j][x];
+      } else if (there) {
         if (p.epilogue == DIVIDE) y = by.dead ? Real(0) : y / by.c;
-        if (p.scaled_rows) y *= scale;
+        if (p.scaled_rows) y *= head_of<Real>(p.scale, here)[t * p.scale.token];
         if (p.epilogue == CHAIN)
-          y = chained(p.out_map, real(head_of<Stored>(p.other, here)[t * p.other.token + (x0 + column) * p.other.column]), y);
-        if (!seen) y = 0;
-        const i64 at = here.of(p.out.axis) + t * p.out.token + (x0 + column) * p.out.column;
+          y = chained(p.out_map, real(head_of<Stored>(p.other, here)[t * p.other.token + x * p.other.column]), y);
+        if (p.mask_rows && !head_of<unsigned char>(p.mask, here)[t * p.mask.token]) y = 0;
+        const i64 at = here.of(p.out.axis) + t * p.out.token + x * p.out.column;
         if (p.out_real) ((Real*)p.out.data)[at] = y;
         else ((Stored*)p.out.data)[at] = stored<Stored>(y);
       }

@@ -13,9 +13,11 @@ typedef unsigned u32;
 typedef unsigned short u16;
 
 struct f16 {
+  static constexpr u32 EXPONENT = 0x7C00;
   u16 bits;
 };
 struct bf16 {
+  static constexpr u32 EXPONENT = 0x7F80;
   u16 bits;
 };
 

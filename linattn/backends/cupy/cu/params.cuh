@@ -52,16 +52,18 @@ struct Place {
     return first;
   }
 };
-__device__ __forceinline__ Place place_of(const Params& p, i64 block, int tiles, int segments) {
+__device__ __forceinline__ Place place_of(const Params& p, u32 block, u32 tiles, u32 segments) {
   Place here;
-  here.tile = int(block % tiles);
-  block /= tiles;
-  here.segment = int(block % segments);
-  block /= segments;
+  u32 left = block;
+  here.tile = left % tiles;
+  left /= tiles;
+  here.segment = left % segments;
+  left /= segments;
   #pragma unroll
   for (int i = AXES - 1; i >= 0; i--) {
-    here.index[i] = block % p.size[i];
-    block /= p.size[i];
+    const u32 size = u32(p.size[i]);
+    here.index[i] = left % size;
+    left /= size;
   }
   return here;
 }

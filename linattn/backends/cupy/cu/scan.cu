@@ -13,7 +13,7 @@ template <class Real> struct Scan {
     #pragma unroll
     for (int i = 0; i < AXES; i++) heads *= p.size[i];
     for (i64 at = blockIdx.x * i64(blockDim.x) + threadIdx.x; at < heads * size; at += i64(gridDim.x) * blockDim.x) {
-      const Place here = place_of(p, at / size, 1, 1);
+      const Place here = place_of(p, u32(at / size), 1, 1);
       const i64 x = at % columns, r = at / columns % rows, i = at % size / (rows * columns);
       const bool begins = p.start.data && (!p.start_once || here.owns(p.start.axis));
       Real sum = 0, rest = 0;
