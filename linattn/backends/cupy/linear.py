@@ -98,21 +98,22 @@ def backward(
         before, after = _pair(before, real_type, xp), _pair(after, real_type, xp)
         given = {"mean": mean, "scale": scale}
 
+        sums = None
         if normalize:  # d_den[t] = -c' (g . num) / c + (g . mean) (1 - c' den / c): in `extra`
             a = Slot(q, phi, MAKE if safe else 0)
             delta = Product(
                 lead, dtype, span, a, Slot(k, phi), values, None,
-                epilogue=DELTA, other=d_out, start=before, **to_queries, **given,
+                normalize=True, epilogue=DELTA, other=d_out, start=before, **to_queries, **given,
             )  # fmt: skip
             given["extra"] = empty((tiles_of(delta, device), *lead, N), real, xp)
-            run(replace(delta, extra=given["extra"]), device, xp)
+            sums = run(replace(delta, extra=given["extra"]), device, xp)
         # d_phi_q = P(G, [vc, 1], phi_k)
         d_q = Product(
             lead, dtype, span, g1, v1, Slot(k, phi), grads[0],
             epilogue=CHAIN, other=q, out_map=phi, scaled_rows=safe, start=before, transposed=True,
             **to_queries, **given,
         )  # fmt: skip
-        run(d_q, device, xp)
+        run(d_q, device, xp, sums)
         # d_phi_k = P'([vc, 1], G, phi_q), and what reaches the state
         reached = empty((*lead, *state[0].shape[-3:]), real, xp)
         d_k = Product(
@@ -120,13 +121,13 @@ def backward(
             epilogue=CHAIN, other=k, out_map=phi, start=after, start_once=True, final=(reached, None), transposed=True,
             **to_keys, **given,
         )  # fmt: skip
-        run(d_k, device, xp)
+        sums = run(d_k, device, xp)
         # d_v = P'(phi_k, phi_q, g)
         d_v = Product(
             lead, dtype, span, Slot(k, phi), features, g, grads[2],
             start=after, start_once=True, **to_keys, **given,
         )  # fmt: skip
-        run(d_v, device, xp)
+        run(d_v, device, xp, sums)
 
         d_before = _arrays.unbroadcast(reached, (*lead_kv, *state[0].shape[-3:]), xp)
         if normalize:

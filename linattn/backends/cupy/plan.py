@@ -143,9 +143,11 @@ class Kernel(NamedTuple):
 
 
 def exact_kernel(dtype: str, sizes: Sizes, card: Card) -> Kernel | None:
-    """The larger of the two sizes that fits; None if neither does."""
+    """The larger of the two sizes that fits, the smaller for few tokens; None if none does."""
     itemsize = 8 if dtype == "float64" else 4
-    for chunk, tile in specs.EXACT_SIZES[dtype]:
+    larger, smaller = specs.EXACT_SIZES[dtype]
+    few = max(sizes.rows, sizes.keys) <= smaller[0]  # decoding: less to fill with zeros, more blocks
+    for chunk, tile in (smaller,) if few else (larger, smaller):
         shared = exact_shared(sizes, chunk, tile, itemsize)
         if shared <= card.shared:
             return Kernel(chunk, tile, ((specs.exact(dtype, chunk, tile), shared),) * 3)

@@ -142,70 +142,86 @@ def tiles_of(product: Product, device: Any) -> int:
     return plan.grid(product.sizes, kernel_of(product, device).tile, 1)[1]
 
 
-def run(product: Product, device: Any, xp: Any) -> None:
-    """Launch it."""
-    for launch in launches(product, device, xp):
+class Sums(NamedTuple):
+    """States that a product has formed: before each segment of tokens, or of all; as the kernels see them."""
+
+    memory: Any
+    state: np.ndarray
+    rest: np.ndarray
+    n_segments: int
+    length: int
+
+
+def run(product: Product, device: Any, xp: Any, sums: Sums | None = None) -> Sums | None:
+    """Launch it. What it gives holds for any product of the same b and c, with the state's rows and columns exchanged."""
+    made, sums = launches(product, device, xp, sums)
+    for launch in made:
         device.run(launch)
+    return sums
 
 
-def launches(product: Product, device: Any, xp: Any) -> list[plan.Launch]:
-    """The launches of a product, in order; each holds the memory it works in."""
-    sizes, card = product.sizes, device.card
-    kernel = kernel_of(product, device)
-    chunk = kernel.chunk
-    base = params_of(product, device)
+def launches(
+    product: Product, device: Any, xp: Any, sums: Sums | None = None
+) -> tuple[list[plan.Launch], Sums | None]:
+    """The launches of a product, in order, each with the memory it works in; `sums` are another's, exchanged."""
+    sizes, card, kernel = product.sizes, device.card, kernel_of(product, device)
     blocks, tiles = plan.grid(sizes, kernel.tile, 1)
-    base["tiles"] = tiles
+    base = replaced(params_of(product, device), tiles=tiles)
+    none = np.zeros((), plan.STATE)
+    past = product.span == "past"
 
     def launch(mode, n_segments, length, keeps=None, **changes):
         p = replaced(base, mode=mode, segments=n_segments, segment=length, **changes)
         instance, shared = kernel.modes[mode]
         return plan.Launch(instance, blocks * n_segments, shared, p, keeps)
 
-    if product.span == "past":
-        n_segments, length = plan.segments(blocks, sizes.rows, chunk, card)
-        if n_segments == 1:
-            return [launch(SWEEP, 1, length)]
-        kept, work = segment_sums(product, sizes, n_segments, device, xp)
-        none = np.zeros((), plan.STATE)
+    def parts(number, n_segments, length):
+        """The sums of `number` segments, each by itself."""
+        memory, work = segment_sums(product, sizes, n_segments, device, xp)
         own = {"start": none, "rest": none, "final": work, "final_rest": none, "final_once": 0}
-        scan = replaced(base, work=work, segments=n_segments)
-        # the sums of all segments but the last; what comes before each; the sweep from there
-        return [
-            launch(SUMS, n_segments - 1, length, kept, **own),
-            plan.scan_launch(scan, sizes, product.dtype, SWEEP, card),
-            launch(SWEEP, n_segments, length, kept, start=work, rest=none, start_once=0),
-        ]
-    return over_all(product, base, launch, blocks, chunk, device, xp)
+        return launch(SUMS, number, length, memory, **own), memory, work
+
+    made: list[plan.Launch] = []
+    if sums is None:
+        n_segments, length = plan.segments(blocks, sizes.rows if past else sizes.keys, kernel.chunk, card)
+        if past and n_segments == 1:
+            return [launch(SWEEP, 1, length)], None
+        if past:  # what comes before each segment: the last one's own sums are not needed
+            first, memory, work = parts(n_segments - 1, n_segments, length)
+            scan = replaced(base, work=work, segments=n_segments)
+            made = [first, plan.scan_launch(scan, sizes, product.dtype, SWEEP, card)]
+            sums = Sums(memory, work, none, n_segments, length)
+        else:
+            memory, total = total_of(product, sizes, base, device, xp)
+            if n_segments == 1:
+                made = [launch(SUMS, 1, length, memory, **total)]
+            else:
+                first, _, work = parts(n_segments, n_segments, length)
+                scan = replaced(base, work=work, segments=n_segments, **total)
+                made = [first, plan.scan_launch(scan, sizes, product.dtype, TOTAL, card)]
+            sums = Sums(memory, total["final"], total["final_rest"], 1, length)
+    else:
+        sums = sums._replace(state=exchanged(sums.state), rest=exchanged(sums.rest))
+    start = {"start": sums.state, "rest": sums.rest, "start_once": 0}
+    if past:
+        return [*made, launch(SWEEP, sums.n_segments, sums.length, sums.memory, **start)], sums
+    n_segments, length = plan.segments(blocks, sizes.rows, kernel.chunk, card)
+    return [*made, launch(APPLY, n_segments, length, sums.memory, **start)], sums
 
 
-def over_all(
-    product: Product, base: np.ndarray, launch: Any, blocks: int, chunk: int, device: Any, xp: Any
-) -> list[plan.Launch]:
-    """Every row sees every key: the state's total first, the rows from it."""
-    sizes, card, total = product.sizes, device.card, None
-    if product.final is None:
-        shape = (*product.lead, sizes.n_sums, sizes.width, sizes.columns + sizes.normalize)
-        sums = np.zeros((), plan.STATE)
-        total = empty(shape, real_of(product.dtype), xp)
-        plan.put_state(sums, device.pointer(total), total, product.lead, False)
-        totals = {"final": sums, "final_rest": np.zeros((), plan.STATE)}
-    else:
-        totals = {name: base[name].copy() for name in ("final", "final_rest")}
-    n_segments, length = plan.segments(blocks, sizes.keys, chunk, card)
-    if n_segments == 1:
-        sums_of_keys = [launch(SUMS, 1, length, **totals)]
-    else:
-        kept, work = segment_sums(product, sizes, n_segments, device, xp)
-        none = np.zeros((), plan.STATE)
-        own = {"start": none, "rest": none, "final": work, "final_rest": none, "final_once": 0}
-        scan = replaced(base, work=work, segments=n_segments, **totals)
-        sums_of_keys = [launch(SUMS, n_segments, length, kept, **own), plan.scan_launch(scan, sizes, product.dtype, TOTAL, card)]
-    n_segments, length = plan.segments(blocks, sizes.rows, chunk, card)
-    if sizes.rows == 0:
-        return sums_of_keys
-    start, rest = totals["final"], totals["final_rest"]
-    return [*sums_of_keys, launch(APPLY, n_segments, length, total, start=start, rest=rest, start_once=0)]
+def total_of(product: Product, sizes: plan.Sizes, base: np.ndarray, device: Any, xp: Any) -> tuple[Any, dict[str, Any]]:
+    """Where the state after all keys goes: to the result, or, if none is asked for, to memory of its own."""
+    if product.final is not None:
+        return product.final, {name: base[name].copy() for name in ("final", "final_rest")}
+    memory = empty((*product.lead, sizes.n_sums, sizes.width, sizes.columns + sizes.normalize), real_of(product.dtype), xp)
+    state = np.zeros((), plan.STATE)
+    plan.put_state(state, device.pointer(memory), memory, product.lead, False)
+    return memory, {"final": state, "final_rest": np.zeros((), plan.STATE)}
+
+
+def exchanged(state: np.ndarray) -> np.ndarray:
+    """The same state with rows and columns exchanged."""
+    return replaced(state, row=state["column"], column=state["row"])
 
 
 def segment_sums(product: Product, sizes: plan.Sizes, n_segments: int, device: Any, xp: Any) -> tuple[Any, np.ndarray]:

@@ -68,7 +68,7 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
     return as_float(kind == ONES ? pair_of<T>(x, x) : halves(x));
   }
   // The numbers of a token: threads 0 .. 63 have those of a's rows, 64 .. 127 those of b's and c's.
-  static __device__ __forceinline__ Numbers numbers(const Params& p, const Place& here, int first, int last) {
+  static __device__ __noinline__ Numbers numbers(const Params& p, const Place& here, int first, int last) {
     Numbers n = {};
     const int tid = threadIdx.x;
     const i64 t = first + tid % C;
@@ -255,16 +255,16 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
     return most;
   }
 
-  // Which of this lane's 2 x 4 elements see something in a diagonal block that is not finite, a bit each.
-  static __device__ __noinline__ u32 spoils(const u16* c) {
+  // Which of this lane's 32 elements see something in the diagonal block that is not finite, a bit each.
+  static __device__ __forceinline__ u32 spoils(const u16* c) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    u32 spoiled = 0;
+    u32 which = 0;
     #pragma unroll 1
-    for (int e = 0; e < 8; e++)
+    for (int e = 0; e < 32; e++)
       #pragma unroll 1
       for (int s = 0; s <= g + 8 * (e % 4 / 2); s++)
-        if (not_finite<T>(c[s * PITCH_X + e / 4 * 8 + 2 * q + e % 2]) & 0xFFFFu) spoiled |= 1u << e;
-    return spoiled;
+        if (not_finite<T>(c[s * PITCH_X + e / 4 * 8 + 2 * q + e % 2]) & 0xFFFFu) which |= 1u << e;
+    return which;
   }
 
   // -- the sweep ---------------------------------------------------------------------------------------------------
@@ -445,6 +445,7 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
             scores[k][3] = pair_of<T>(w[1][2], w[1][3]);
           }
       }
+      u32 spoiled = 0;
       // every fragment of c serves the rows of out and the state
       if (KEYS)
         #pragma unroll
@@ -493,12 +494,7 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
               const u32 bad[4] = {not_finite<T>(f[0]), not_finite<T>(f[1]), not_finite<T>(f[2]), not_finite<T>(f[3])};
               multiply<T>(acc[2 * j], scores[k], f[0] & ~bad[0], f[1] & ~bad[1]);
               multiply<T>(acc[2 * j + 1], scores[k], f[2] & ~bad[2], f[3] & ~bad[3]);
-              if (__any_sync(~0u, (bad[0] | bad[1] | bad[2] | bad[3]) != 0u)) {
-                const u32 spoiled = spoils(c + k * 16 * PITCH_X + j * 16);
-                #pragma unroll
-                for (int e = 0; e < 8; e++)
-                  if (spoiled >> e & 1) acc[2 * j + e / 4][e % 4] = as_float(0x7FC00000u);
-              }
+              spoiled |= bad[0] | bad[1] | bad[2] | bad[3];
             }
             #pragma unroll
             for (int i = 0; i < N; i++) {
@@ -522,6 +518,12 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
               for (int m = 0; m < ROW_TILES; m++) multiply<T>(state[i][m][TILES - 1], columns[i][m], one, one);
           }
         }
+      if (ROWS && KEYS && __any_sync(~0u, spoiled != 0u)) {
+        const u32 which = spoils(c + warp * 16 * PITCH_X);
+        #pragma unroll
+        for (int e = 0; e < 32; e++)
+          if (which >> e & 1) acc[e / 4][e % 4] = as_float(0x7FC00000u);
+      }
       if (ROWS) finish(p, here, acc, a, made, row0, last, x0, warp);
       keep(tables + (chunk + 1) % 2 * TABLE, next);
       __syncthreads();  // everyone is done with this stage
@@ -529,6 +531,38 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
     if (KEYS && (MODE == SUMS || here.segment == p.segments - 1)) end((float*)raw, p, here, x0);
   }
 
+  // The outputs of forward: divided, rounded, and over this warp's own rows of a, which it is done with, to 16 bytes a lane.
+  static __device__ __forceinline__ void at_once(
+      const Params& p, const Place& here, float (&acc)[TILES][4], u16* own, int row0, int last, int x0) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    __syncwarp();
+    #pragma unroll
+    for (int e = 0; e < 2; e++) {
+      float by = 1.f;
+      bool dead = false;
+      if (ONES_) {
+        const float den = acc[TILES - 1][2 * e];
+        const Divisor<float> d = divisor(den, p.rule, float(p.eps));
+        by = 1.f / d.c;
+        dead = d.dead;
+        const i64 t = row0 + g + 8 * e;
+        if (t < last && q == 0 && here.tile == 0) ((float*)head_of<float>(p.den, here))[t * p.den.token] = den;
+      }
+      #pragma unroll
+      for (int j = 0; j < X / 8; j++) {
+        const u32 pair = pair_of<T>(acc[j][2 * e] * by, acc[j][2 * e + 1] * by);
+        *(u32*)(own + (g + 8 * e) * PITCH + j * 8 + 2 * q) = dead ? 0u : pair;
+      }
+    }
+    __syncwarp();
+    const int r = lane / (X / 8), x = lane % (X / 8) * 8;
+    u16* to = (u16*)head_of<u16>(p.out, here) + (row0 + r) * p.out.token + x0 + x;
+    #pragma unroll
+    for (int i = 0; i < 16; i += 32 / (X / 8)) {
+      if (row0 + r + i < last) *(Sixteen*)to = *(const Sixteen*)(own + (r + i) * PITCH + x);
+      to += 32 / (X / 8) * p.out.token;
+    }
+  }
   // From rows of the product to what is asked for. Half of the columns at a time, in float32, over this warp's own rows
   // of a, which it is done with; then 8 columns a lane, four lanes a row.
   __device__ __forceinline__ void finish(
@@ -537,12 +571,13 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
     constexpr int HALF = X / 2, PITCH_HALF = HALF + 4;
     static_assert(4 * PITCH_HALF <= 2 * PITCH, "half of a row of the product has room in a row of a");
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    if (p.epilogue == DIVIDE || (p.epilogue == PLAIN && !p.out_real && !p.mask_rows)) {
+      at_once(p, here, acc, a + warp * 16 * PITCH, row0 + warp * 16, last, x0);
+      return;
+    }
     float* own = (float*)(a + warp * 16 * PITCH);
     float num[2] = {0.f, 0.f}, mean[2] = {0.f, 0.f};
     __syncwarp();
-    if (p.epilogue == DIVIDE && q == 0)
-      #pragma unroll
-      for (int e = 0; e < 2; e++) made[warp * 16 + g + 8 * e] = acc[TILES - 1][2 * e];
     #pragma unroll
     for (int h = 0; h < 2; h++) {
       #pragma unroll
@@ -554,8 +589,8 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
       #pragma unroll
       for (int e = 0; e < 2; e++)
         if (row0 + warp * 16 + g + 8 * e < last)
-          deliver(p, here, own + (g + 8 * e) * PITCH_HALF + 8 * q, made[warp * 16 + g + 8 * e],
-                  row0 + warp * 16 + g + 8 * e, x0 + h * HALF + 8 * q, h == 0 && q == 0 && here.tile == 0, num[e], mean[e]);
+          deliver(p, here, own + (g + 8 * e) * PITCH_HALF + 8 * q, row0 + warp * 16 + g + 8 * e,
+                  x0 + h * HALF + 8 * q, num[e], mean[e]);
       __syncwarp();
     }
     if (p.epilogue != DELTA) return;
@@ -580,12 +615,7 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
   }
   // 8 columns of a row.
   static __device__ __noinline__ void deliver(
-      const Params& p, const Place& here, const float* from, float den, i64 t, int x, bool first, float& num,
-      float& mean) {
-    Divisor<float> by = {1.f, 1.f, false};
-    if (p.epilogue == DELTA) den = head_of<float>(p.den, here)[t * p.den.token];
-    if (p.epilogue == DIVIDE || p.epilogue == DELTA) by = divisor(den, p.rule, float(p.eps));
-    if (p.epilogue == DIVIDE && first) ((float*)head_of<float>(p.den, here))[t * p.den.token] = den;
+      const Params& p, const Place& here, const float* from, i64 t, int x, float& num, float& mean) {
     float y[8];
     #pragma unroll
     for (int e = 0; e < 8; e++) y[e] = from[e];
@@ -593,6 +623,7 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
     if (p.epilogue == DELTA || (p.epilogue == CHAIN && p.out_map != IDENTITY))
       pairs = *(const Sixteen*)(head_of<u16>(p.other, here) + t * p.other.token + x);
     if (p.epilogue == DELTA) {
+      const Divisor<float> by = divisor(head_of<float>(p.den, here)[t * p.den.token], p.rule, float(p.eps));
       if (by.dead) return;
       const float back = 1.f / by.c;
       #pragma unroll
@@ -604,13 +635,12 @@ template <class T, int R, int N, bool ONES_, bool EXTRA, int MODE> struct Sweep 
       return;
     }
     const bool seen = !p.mask_rows || head_of<unsigned char>(p.mask, here)[t * p.mask.token];
-    float scale = p.scaled_rows ? head_of<float>(p.scale, here)[t * p.scale.token] : 1.f;
-    if (p.epilogue == DIVIDE) scale = 1.f / by.c;
+    const float scale = p.scaled_rows ? head_of<float>(p.scale, here)[t * p.scale.token] : 1.f;
     #pragma unroll
     for (int e = 0; e < 8; e++) {
       y[e] *= scale;
       if (p.epilogue == CHAIN) y[e] = chained(p.out_map, half_of<T>(pairs.word[e / 2], e % 2), y[e]);
-      if (!seen || by.dead) y[e] = 0.f;
+      if (!seen) y[e] = 0.f;
     }
     const i64 at = here.of(p.out.axis) + t * p.out.token + x;
     if (p.out_real) {
