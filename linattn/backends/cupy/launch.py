@@ -13,8 +13,6 @@ from typing import Any
 from . import specs
 from .plan import Card, Launch
 
-OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
-OLDEST_DRIVER = 12000
 PLAIN_SHARED = 48 * 1024  # bytes of shared memory that need no opt-in
 
 
@@ -33,15 +31,14 @@ def why_not() -> str | None:
     except ImportError as error:
         return str(error)
     try:
-        driver = runtime.driverGetVersion()
-        count = runtime.getDeviceCount() if driver else 0
+        driver, wanted = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        if driver == 0:
+            return "there is no NVIDIA driver"
+        if driver // 1000 < wanted // 1000:
+            return f"the NVIDIA driver is for CUDA {driver // 1000}, this CuPy for CUDA {wanted // 1000}: update the driver"
+        return None if runtime.getDeviceCount() else "there is no NVIDIA GPU"
     except RuntimeError as error:  # CUDARuntimeError is one
-        return f"no NVIDIA driver answers: {error}"
-    if not driver:
-        return "there is no NVIDIA driver"
-    if driver < OLDEST_DRIVER:
-        return f"the NVIDIA driver is for CUDA {driver // 1000}, 12 or later is needed"
-    return None if count else "there is no NVIDIA GPU"
+        return f"the NVIDIA driver does not answer: {error}"
 
 
 class Device:
@@ -57,19 +54,24 @@ class Device:
             (get["ComputeCapabilityMajor"], get["ComputeCapabilityMinor"]),
         )
         self.kernels: dict[specs.Instance, Any] = {}
-        if self.card.capability < OLDEST:
-            raise RuntimeError(
-                f"`backend='cupy'` needs compute capability {OLDEST[0]}.{OLDEST[1]} or later, "
-                f"got {self.card.capability[0]}.{self.card.capability[1]} of device {number}."
-            )
+        self.active: list[Any] = []
 
     def __enter__(self) -> Device:
-        self.active = self.cupy.cuda.Device(self.number)
-        self.active.__enter__()
+        device = self.cupy.cuda.Device(self.number)
+        device.__enter__()
+        self.active.append(device)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.active.__exit__(*error)
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.active.pop().__exit__(kind, error, trace)
+        if isinstance(error, MemoryError):
+            raise MemoryError(f"Device {self.number} has not enough memory for this call: {error}") from error
+
+    def check(self, **arrays: Any) -> None:
+        """All arrays lie on this device: a kernel would read anything else as if it did."""
+        for name, x in arrays.items():
+            if x is not None and int(x.device.id) != self.number:
+                raise ValueError(f"`{name}` must be on device {self.number}, where q is, got device {int(x.device.id)}.")
 
     @staticmethod
     def pointer(x: Any) -> int:
@@ -79,8 +81,12 @@ class Device:
         """The compiled kernel; the first call compiles it or loads it from CuPy's cache."""
         found = self.kernels.get(instance)
         if found is None:
-            module = self.cupy.RawModule(code=instance.source, options=instance.options)
-            found = self.kernels[instance] = module.get_function(instance.name)
+            try:
+                module = self.cupy.RawModule(code=instance.source, options=instance.options)
+                found = self.kernels[instance] = module.get_function(instance.name)
+            except (RuntimeError, OSError) as error:
+                said = str(error).partition("\n")[0]
+                raise RuntimeError(f"`backend='cupy'`: the kernel {instance.name} cannot be compiled: {said}") from error
         return found
 
     def run(self, launch: Launch) -> None:

@@ -37,6 +37,7 @@ def forward(q, k, v, state, *, feature_map, span, turns, key_mask, normalize, ep
     """out (..., N, E), den (..., N) or None, and the state after all keys. Arguments: engines/linear.py."""
     device, options = device_of(q), {"span": span, "turns": turns, "key_mask": key_mask, "eps": eps}
     with device:
+        device.check(k=k, v=v, state=state[0], key_mask=key_mask, out=out)
         lead = _lead(q, k, v, turns, key_mask)
         if not served(device, q, k, v, lead, state):
             return _maps.forward(q, k, v, state, feature_map=feature_map, normalize=normalize, out=out, xp=xp, **options)
@@ -61,6 +62,7 @@ def backward(
     """Cotangents of q, k, v and of the incoming state. The lines of `forward`, last line first."""
     device, options = device_of(q), {"span": span, "turns": turns, "key_mask": key_mask, "eps": eps}
     with device:
+        device.check(d_out=d_out, d_state=d_state, k=k, v=v, state=state[0], key_mask=key_mask)
         lead = _lead(q, k, v, turns, key_mask)
         if not served(device, q, k, v, lead, state):
             return _maps.backward(

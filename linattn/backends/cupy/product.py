@@ -69,9 +69,9 @@ class Product:
 
 
 def served(device: Any, q: Any, k: Any, v: Any, lead: tuple[int, ...], state: Any) -> bool:
-    """Whether kernels serve a call both ways; what is empty, has many axes or very many features goes elsewhere."""
+    """Whether kernels serve a call both ways: not on old cards, not what is empty or has very many axes or features."""
     (N, D), (M, E), n_sums = q.shape[-2:], v.shape[-2:], state[0].shape[-3]
-    if not (plan.fits(lead) and plan.heads_of(lead) and N and M and D and E):
+    if device.card.capability < plan.OLDEST or not (plan.fits(lead) and plan.heads_of(lead) and N and M and D and E):
         return False
     dtype = _arrays.dtype_name(q)
     wide = (plan.Sizes(1, N, M, width + 1, 1, n_sums, True) for width in (D, E))
