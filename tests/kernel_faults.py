@@ -83,7 +83,7 @@ FAULTS = (
     Fault("sweep: the denominator of another row", "sweep", "const float den = acc[TILES - 1][2 * e];",
           "const float den = acc[TILES - 1][0];", quick=False),
     Fault("sweep: the state is not taken up", "sweep", "if (start && (x < X || ONES_)) value", "if (false) value"),
-    Fault("sweep: rows of shared memory meet in a bank", "sweep", "PITCH = R + 8,", "PITCH = R + 16,"),
+    Fault("sweep: rows written with one pitch, read with another", "sweep", "PITCH = R + 8,", "PITCH = R + 16,"),
     Fault("sweep: zero times NaN", "sweep", "f[0] & ~bad[0], f[1] & ~bad[1]", "f[0], f[1]", quick=False),
     Fault("sweep: what sees NaN stays finite", "sweep", "if (which >> e & 1)", "if (false)", quick=False),
     Fault("sweep: the next chunk's numbers too early", "sweep", "keep(tables + (chunk + 1) % 2 * TABLE, next);",

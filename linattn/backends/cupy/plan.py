@@ -51,7 +51,7 @@ PARAMS = np.dtype(
 
 SHORTEST = 512  # tokens in a segment, at least
 BLOCKS_PER_MULTIPROCESSOR = 3
-SWEEP_CAPABILITY = (8, 0)  # bf16 on the tensor core, asynchronous copies
+OLDEST = (8, 0)  # compute capability: bf16, asynchronous copies
 
 
 class Card(NamedTuple):
@@ -171,7 +171,7 @@ def sweep_kernel(dtype: str, sizes: Sizes, extra: bool, card: Card) -> Kernel | 
     short = max(sizes.rows, sizes.keys) < specs.SWEEP_CHUNK
     if kind not in specs.SWEEPS.get(dtype, ()) or width not in specs.SWEEP_WIDTHS or short:
         return None
-    if sizes.columns % specs.SWEEP_TILE or card.capability < SWEEP_CAPABILITY:
+    if sizes.columns % specs.SWEEP_TILE:
         return None
     modes = tuple(
         (specs.sweep(dtype, width, sizes.n_sums, kind, mode), sweep_shared(width, sizes.n_sums, extra, mode))
