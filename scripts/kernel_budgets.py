@@ -29,7 +29,7 @@ CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")  # what RawM
 MORE_INSTRUCTIONS = 1.05
 REGISTERS = 65536  # of a multiprocessor
 REPRESENTATIVES = (  # for a run that has seconds, not minutes: each file, both directions, both widths
-    "la_exact_double_32_32", "la_exact_bf16_64_32", "la_scan_float", "la_step_float",
+    "la_exact_double_32_32", "la_exact_bf16_64_32", "la_scan_float",
     "la_sweep_bf16_64_1_1_0_SWEEP_3", "la_sweep_bf16_64_1_0_1_SWEEP_3", "la_sweep_bf16_64_1_0_1_SUMS_4",
     "la_sweep_f16_128_1_1_0_SWEEP_2",
 )  # fmt: skip
@@ -155,7 +155,9 @@ def main() -> int:
                 table.setdefault(instance.name, {})[architecture] = got
     if given.write:
         known = {instance.name for instance in specs.INSTANCES}
-        TABLE.write_text(json.dumps({name: row for name, row in sorted(table.items()) if name in known}, indent=1) + "\n")
+        TABLE.write_text(
+            json.dumps({name: row for name, row in sorted(table.items()) if name in known}, indent=1) + "\n"
+        )
         return 0
     print(*risen, sep="\n")
     return bool(risen)

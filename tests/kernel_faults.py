@@ -54,16 +54,20 @@ FAULTS = (
           "if (tid != 77) __syncthreads();", quick=False),
     Fault("exact: the mask excludes the diagonal", "exact", "if (s <= ty + j * SIDE)", "if (s < ty + j * SIDE)"),
     Fault("exact: masked keys count", "exact", "(!mask || mask[t * p.mask.token])", "true"),
-    Fault("exact: rows past the end count", "exact", "const bool there = t < last && (", "const bool there = t < last + 8 && ("),
+    Fault("exact: rows past the end count", "exact",
+          "const bool there = t < last && (", "const bool there = t < last + 8 && ("),
     Fault("exact: rows past the end are written", "exact", "row < C && chunk + row < last;", "row < C;", quick=False),
     Fault("exact: every head starts from the shared cotangent", "exact", "!p.start_once || ", "true || "),
     Fault("exact: cosines alone in the state", "exact", "turned ? turn_b[2 * s + i] : Real(1);",
           "turned ? turn_b[2 * s] : Real(1);"),
-    Fault("exact: the denominator of another row", "exact", "p.epilogue == DIVIDE ? den[row] : *at", 
+    Fault("exact: the denominator of another row", "exact", "p.epilogue == DIVIDE ? den[row] : *at",
           "p.epilogue == DIVIDE ? den[row ^ 1] : *at", quick=False),
-    Fault("exact: a row's power of two is not undone", "exact", "if (p.scaled_rows) y *=", "if (false) y *=", quick=False),
-    Fault("exact: the state's rest is ignored", "exact", "const Real whole = s + low;", "const Real whole = s;", quick=False),
-    Fault("scan: a segment starts from its own sum too", "scan", "if (p.mode != TOTAL) work[j * p.work.segment] = sum + rest;",
+    Fault("exact: a row's power of two is not undone", "exact", "if (p.scaled_rows) y *=", "if (false) y *=",
+          quick=False),
+    Fault("exact: the state's rest is ignored", "exact", "const Real whole = s + low;", "const Real whole = s;",
+          quick=False),
+    Fault("scan: a segment starts from its own sum too", "scan",
+          "if (p.mode != TOTAL) work[j * p.work.segment] = sum + rest;",
           "if (p.mode != TOTAL) work[j * p.work.segment] = sum + rest + own;"),
     Fault("sweep: no wait for copies", "sweep", "wait_for_copies<1>();", ""),
     Fault("sweep: a wait for one copy less", "sweep", "wait_for_copies<1>();", "wait_for_copies<2>();", quick=False),
@@ -73,12 +77,15 @@ FAULTS = (
     Fault("sweep: the mask excludes the diagonal", "sweep", "w[u][e] = s <= t ?", "w[u][e] = s < t ?"),
     Fault("sweep: rows past the end and masked ones are phi(0)", "sweep",
           "const bool there = r < n_rows && (!valid || valid[r] != 0.f);", "const bool there = true;"),
-    Fault("sweep: lanes of the keys' fragment exchanged", "sweep", "r * 16 + lane / 8 % 2 * 8);", "r * 16 + lane / 16 * 8);",
+    Fault("sweep: lanes of the keys' fragment exchanged", "sweep",
+          "r * 16 + lane / 8 % 2 * 8);", "r * 16 + lane / 16 * 8);",
           quick=False),
-    Fault("sweep: lanes of the state's fragment exchanged", "sweep", "(warp * ROW_TILES + m) * 16 + lane / 8 % 2 * 8);",
+    Fault("sweep: lanes of the state's fragment exchanged", "sweep",
+          "(warp * ROW_TILES + m) * 16 + lane / 8 % 2 * 8);",
           "(warp * ROW_TILES + m) * 16 + lane / 16 * 8);"),
     Fault("sweep: ones are twos", "sweep", "pair_of<T>(1.f, 1.f);", "pair_of<T>(2.f, 2.f);", quick=False),
-    Fault("sweep: rows past the end are written", "sweep", "if (row0 + r + i < last) *(", "if (row0 + r + i < last + 8) *(",
+    Fault("sweep: rows past the end are written", "sweep",
+          "if (row0 + r + i < last) *(", "if (row0 + r + i < last + 8) *(",
           quick=False),
     Fault("sweep: the denominator of another row", "sweep", "const float den = acc[TILES - 1][2 * e];",
           "const float den = acc[TILES - 1][0];", quick=False),
@@ -137,7 +144,9 @@ def check_call(dtype, d, lead, sources, *, turned, segments, backward):
         results = [out, den, *after]
         if backward:
             grads = room.backward(g, d_state, q, k, v, state, den, **options, out=None)
-            rights = reference.backward(g.astype(float), d_state.astype(float), *phi, wide[2], wide_state, want_den, **right)
+            rights = reference.backward(
+                g.astype(float), d_state.astype(float), *phi, wide[2], wide_state, want_den, **right
+            )
             for got, x, wanted in zip(grads, (*wide[:2], None, None), rights, strict=True):
                 wanted = wanted if x is None else wanted * np.exp(np.minimum(x, 0))
                 assert error(got, wanted) <= GRADIENT[dtype], f"a gradient is off by {error(got, wanted):.1e}"
@@ -168,7 +177,7 @@ def planted(fault: Fault) -> dict[str, str]:
 
 
 def verdict(fault: Fault | None, file: str = "exact") -> str:
-    """"" if nothing was noticed, else what."""
+    """ "" if nothing was noticed, else what."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
 

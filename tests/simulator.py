@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from linattn.backends.cupy import plan, specs
 
@@ -48,6 +50,8 @@ def build(instance: specs.Instance, source: str | None = None) -> ctypes.CDLL:
     text = unit(instance, instance.source if source is None else source)
     target = folder() / (hashlib.sha256("".join((text, *FLAGS)).encode()).hexdigest()[:24] + ".so")
     if not target.exists():
+        if shutil.which("g++") is None:
+            pytest.skip("g++ is not installed")
         made = target.with_suffix(f".{os.getpid()}")
         subprocess.run(["g++", "-x", "c++", *FLAGS, "-", "-o", str(made)], input=text, text=True, check=True)
         made.replace(target)
@@ -93,7 +97,8 @@ class Simulator:
         self.launched.append(launch)
         code = library.sim_run(
             ctypes.c_void_p(launch.params.ctypes.data), ctypes.c_uint(launch.grid),
-            ctypes.c_uint(launch.instance.threads), ctypes.c_size_t(launch.shared + self.slack), ctypes.c_uint(self.schedule),
+            ctypes.c_uint(launch.instance.threads), ctypes.c_size_t(launch.shared + self.slack),
+            ctypes.c_uint(self.schedule),
         )  # fmt: skip
         assert code == 0, f"{launch.instance.name} failed"
         self.conflicts += library.sim_conflicts()

@@ -101,7 +101,7 @@ def test_with_a_card_the_room_is_there(monkeypatch):
     played(monkeypatch)
     backends.load.cache_clear()
     assert backends.load("cupy", "linear").__name__ == "linattn.backends.cupy.linear"
-    assert "no softmax" in str(backends.load("cupy", "softmax"))
+    assert backends.load("cupy", "softmax").__name__ == "linattn.backends.cupy.softmax"
 
 
 def test_arrays_on_two_devices(monkeypatch):
@@ -120,7 +120,9 @@ def test_not_enough_memory(monkeypatch):
 
 def test_a_kernel_that_does_not_compile(monkeypatch):
     played(monkeypatch, fails=Refused("libnvrtc.so is missing\nand more"))
-    with pytest.raises(RuntimeError, match=r"^`backend='cupy'`: the kernel la_scan_float cannot be compiled: lib\S+ is missing$"):
+    with pytest.raises(
+        RuntimeError, match=r"^`backend='cupy'`: the kernel la_scan_float cannot be compiled: lib\S+ is missing$"
+    ):
         launch.device(0).kernel(specs.scan("float32"))
 
 

@@ -25,7 +25,7 @@ XP = _arrays.namespace(np.ones(1))
 MANY = plan.Card(64, 232448, (9, 0))  # so many multiprocessors that a call is cut into segments
 FEW = plan.Card(1, 232448, (9, 0))
 ROUNDINGS = 1.4  # out, over one rounding of the best answer: operands are rounded to 16 bits as well
-# on the way to a gradient four operands are rounded: cotangent, value, score or state, feature; float16: one, at the end
+# on the way to a gradient four operands are rounded: cotangent, value, score or state, feature; float16: one
 GRADIENT = {"bfloat16": 4 * 2**-9, "float16": 2**-11}
 STATE = {"bfloat16": 2**-9, "float16": 2**-11}  # features are rounded, or keys times a turn
 
@@ -57,9 +57,7 @@ def judged(args, options, wide, d_out, d_state):
     out, den, after = room.forward(*args, **options)
     got = room.backward(d_out, d_state, *args, den, **options)
     want, want_den, want_after = reference.forward(*wide[0], **wide[1])
-    d_q, d_k, d_v, d_before = reference.backward(
-        quadratic.wide(d_out), d_state, *wide[0], want_den, **wide[1]
-    )
+    d_q, d_k, d_v, d_before = reference.backward(quadratic.wide(d_out), d_state, *wide[0], want_den, **wide[1])
     vjp, mask = MAPS[options["feature_map"]].vjp, options["key_mask"]
     d_q, d_k = (vjp(d_x, quadratic.wide(x), XP) for d_x, x in ((d_q, args[0]), (d_k, args[1])))
     if mask is not None:

@@ -35,7 +35,8 @@ def why_not() -> str | None:
         if driver == 0:
             return "there is no NVIDIA driver"
         if driver // 1000 < wanted // 1000:
-            return f"the NVIDIA driver is for CUDA {driver // 1000}, this CuPy for CUDA {wanted // 1000}: update the driver"
+            had, needed = driver // 1000, wanted // 1000
+            return f"the NVIDIA driver is for CUDA {had}, this CuPy for CUDA {needed}: update the driver"
         return None if runtime.getDeviceCount() else "there is no NVIDIA GPU"
     except RuntimeError as error:  # CUDARuntimeError is one
         return f"the NVIDIA driver does not answer: {error}"
@@ -71,7 +72,9 @@ class Device:
         """All arrays lie on this device: a kernel would read anything else as if it did."""
         for name, x in arrays.items():
             if x is not None and int(x.device.id) != self.number:
-                raise ValueError(f"`{name}` must be on device {self.number}, where q is, got device {int(x.device.id)}.")
+                raise ValueError(
+                    f"`{name}` must be on device {self.number}, where q is, got device {int(x.device.id)}."
+                )
 
     @staticmethod
     def pointer(x: Any) -> int:
@@ -86,7 +89,9 @@ class Device:
                 found = self.kernels[instance] = module.get_function(instance.name)
             except (RuntimeError, OSError) as error:
                 said = str(error).partition("\n")[0]
-                raise RuntimeError(f"`backend='cupy'`: the kernel {instance.name} cannot be compiled: {said}") from error
+                raise RuntimeError(
+                    f"`backend='cupy'`: the kernel {instance.name} cannot be compiled: {said}"
+                ) from error
         return found
 
     def run(self, launch: Launch) -> None:

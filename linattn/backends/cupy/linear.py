@@ -40,7 +40,9 @@ def forward(q, k, v, state, *, feature_map, span, turns, key_mask, normalize, ep
         device.check(k=k, v=v, state=state[0], key_mask=key_mask, out=out)
         lead = _lead(q, k, v, turns, key_mask)
         if not served(device, q, k, v, lead, state):
-            return _maps.forward(q, k, v, state, feature_map=feature_map, normalize=normalize, out=out, xp=xp, **options)
+            return _maps.forward(
+                q, k, v, state, feature_map=feature_map, normalize=normalize, out=out, xp=xp, **options
+            )
         dtype, shape = _arrays.dtype_name(q), (*lead, q.shape[-2], v.shape[-1])
         real, phi = real_of(dtype), MAPS[feature_map]
         result = xp.empty(shape, dtype=q.dtype) if out is None else out
@@ -71,7 +73,7 @@ def backward(
             )  # fmt: skip
         dtype, phi, n_sums = _arrays.dtype_name(q), MAPS[feature_map], state[0].shape[-3]
         real, real_type, safe = real_of(dtype), state[0].dtype, normalize and eps == "safe"
-        N, M, D, E = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
+        N = q.shape[-2]
         turn_q, turn_k = turns or (None, None)
         lead_kv = tuple(state[0].shape[:-3])
         # a cotangent over a large divisor leaves the range of float16

@@ -1,6 +1,6 @@
 """The one product that forward and backward are made of, with its options, on a device.
 
-    out[t] = sum_i turn_a[t, i] a[t] . S_i + sum over s in span(t) of w(t, s) (a[t] . b[s]) c[s]
+out[t] = sum_i turn_a[t, i] a[t] . S_i + sum over s in span(t) of w(t, s) (a[t] . b[s]) c[s]
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class Product:
         rows, width = self.a.array.shape[-2:]
         keys, columns = self.c.array.shape[-2:]
         extra = self.a.extra != NONE
-        return plan.Sizes(
-            plan.heads_of(self.lead), rows, keys, width + extra, columns, self.n_sums, self.normalize
-        )
+        return plan.Sizes(plan.heads_of(self.lead), rows, keys, width + extra, columns, self.n_sums, self.normalize)
 
 
 def served(device: Any, q: Any, k: Any, v: Any, lead: tuple[int, ...], state: Any) -> bool:
@@ -127,7 +125,9 @@ def kernel_of(product: Product, device: Any) -> plan.Kernel:
     """The tensor core's sweep where it serves, else the exact kernel."""
     sizes = product.sizes
     if product.tensor:
-        arrays = [x for x in (product.a.array, product.b.array, product.c.array, product.out, product.other) if x is not None]
+        arrays = [
+            x for x in (product.a.array, product.b.array, product.c.array, product.out, product.other) if x is not None
+        ]
         found = plan.sweep_kernel(product.dtype, sizes, product.a.extra != NONE, device.card)
         if found is not None and all(plan.aligned(x, device.pointer(x)) for x in arrays):
             return found
@@ -153,16 +153,14 @@ class Sums(NamedTuple):
 
 
 def run(product: Product, device: Any, xp: Any, sums: Sums | None = None) -> Sums | None:
-    """Launch it. What it gives holds for any product of the same b and c, with the state's rows and columns exchanged."""
+    """Launch it. The sums serve any product of the same b and c, the state's rows and columns exchanged."""
     made, sums = launches(product, device, xp, sums)
     for launch in made:
         device.run(launch)
     return sums
 
 
-def launches(
-    product: Product, device: Any, xp: Any, sums: Sums | None = None
-) -> tuple[list[plan.Launch], Sums | None]:
+def launches(product: Product, device: Any, xp: Any, sums: Sums | None = None) -> tuple[list[plan.Launch], Sums | None]:
     """The launches of a product, in order, each with the memory it works in; `sums` are another's, exchanged."""
     sizes, card, kernel = product.sizes, device.card, kernel_of(product, device)
     blocks, tiles = plan.grid(sizes, kernel.tile, 1)
@@ -213,7 +211,9 @@ def total_of(product: Product, sizes: plan.Sizes, base: np.ndarray, device: Any,
     """Where the state after all keys goes: to the result, or, if none is asked for, to memory of its own."""
     if product.final is not None:
         return product.final, {name: base[name].copy() for name in ("final", "final_rest")}
-    memory = empty((*product.lead, sizes.n_sums, sizes.width, sizes.columns + sizes.normalize), real_of(product.dtype), xp)
+    memory = empty(
+        (*product.lead, sizes.n_sums, sizes.width, sizes.columns + sizes.normalize), real_of(product.dtype), xp
+    )
     state = np.zeros((), plan.STATE)
     plan.put_state(state, device.pointer(memory), memory, product.lead, False)
     return memory, {"final": state, "final_rest": np.zeros((), plan.STATE)}
