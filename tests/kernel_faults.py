@@ -104,6 +104,7 @@ def check(file: str, sources: dict[str, str]) -> None:
         check_call("bfloat16", 64, (2,), sources, turned=False, segments=False, backward=False)
         return
     check_call("float32", 13, (2, 3), sources, turned=True, segments=file == "scan", backward=True)
+    check_call("float32", 13, (2,), sources, turned=False, segments=False, backward=False)
 
 
 def check_call(dtype, d, lead, sources, *, turned, segments, backward):
