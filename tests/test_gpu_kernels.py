@@ -9,11 +9,12 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import DTYPES, TOLERANCE, assert_bits, assert_close, assert_gradients_close
+from cases import CASES, DTYPES, LENGTH, SQUARE, TOLERANCE, assert_bits, assert_close, assert_gradients_close
 from simulator import SCHEDULES, Simulator
 from test_backends import LEADS, RULES, as_reference, in_float64, linear_call
 
-from linattn import _arrays
+import linattn as la
+from linattn import _arrays, backends
 from linattn.audit import quadratic
 from linattn.audit.measure import relative_error
 from linattn.backends.cupy import linear as room
@@ -254,3 +255,41 @@ def test_rounding_is_carried(simulator):
 def test_every_instance_is_named_once():
     names = [instance.name for instance in specs.INSTANCES]
     assert len(set(names)) == len(names)
+
+
+PUBLIC = [  # values that differ in what the engine hands down
+    la.Linear(),
+    la.Linear("relu", eps=("add", 0.5)),
+    la.Linear("identity", normalize=False),
+    la.Linear(SQUARE),
+    la.CosFormer(LENGTH),
+    la.CosFormer(LENGTH, feature_map="elu1", normalize=False),
+]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.attend in PUBLIC], ids=str)
+def test_through_the_public_verbs(simulator, monkeypatch, case, rng):
+    """Every case of the table, forward and backward, is what the reference room gives."""
+    args, options = case.draw(rng)
+    d_out = case.cotangent(rng)
+    want, want_backward = case.attend.vjp(*args, **options, backend="reference")
+    want_grads = want_backward(d_out)
+    simulator()
+    monkeypatch.setattr(backends, "resolve", lambda *_: room)
+    out, backward = case.attend.vjp(*args, **options)
+    assert_close(out, want)
+    assert_gradients_close(backward(d_out), want_grads)
+
+
+@pytest.mark.parametrize("attend", PUBLIC, ids=repr)
+def test_streams(simulator, monkeypatch, attend, rng):
+    """Prefill, then decoding, token by token: the whole pass to rounding, and a cotangent through the states."""
+    simulator()
+    monkeypatch.setattr(backends, "resolve", lambda *_: room)
+    q, k, v = abs(rng.normal(size=(3, 2, 40, 7)))
+    want = attend(q, k, v, causal=True)
+    state, parts = attend.init_state(k, v), []
+    for first, last in ((0, 37), (37, 38), (38, 38), (38, 39), (39, 40)):
+        out, state = attend.step(q[:, first:last], k[:, first:last], v[:, first:last], state)
+        parts.append(out)
+    assert_close(np.concatenate(parts, axis=1), want)
