@@ -55,6 +55,7 @@ class Device:
             (get["ComputeCapabilityMajor"], get["ComputeCapabilityMinor"]),
         )
         self.kernels: dict[specs.Instance, Any] = {}
+        self.raised: set[specs.Instance] = set()  # kernels that may have more shared memory than plainly
         self.active: list[Any] = []
 
     def __enter__(self) -> Device:
@@ -97,8 +98,9 @@ class Device:
     def run(self, launch: Launch) -> None:
         """In the current stream, without waiting."""
         kernel = self.kernel(launch.instance)
-        if launch.shared > max(PLAIN_SHARED, kernel.max_dynamic_shared_size_bytes):
+        if launch.shared > PLAIN_SHARED and launch.instance not in self.raised:
             kernel.max_dynamic_shared_size_bytes = self.card.shared
+            self.raised.add(launch.instance)
         kernel((launch.grid,), (launch.instance.threads,), (launch.params,), shared_mem=launch.shared)
 
 
