@@ -210,13 +210,12 @@ def grid(sizes: Sizes, tile: int, n_segments: int) -> tuple[int, int]:
 
 
 def scan_launch(params: np.ndarray, sizes: Sizes, dtype: str, mode: int, card: Card) -> Launch:
-    """The scan over the segments' sums in params["work"]."""
-    p = params.copy()
-    p["mode"], p["width"], p["columns"] = mode, sizes.width, sizes.columns + sizes.normalize
+    """The scan over the segments' sums in params["work"]; it takes `params` over."""
+    params["mode"], params["width"], params["columns"] = mode, sizes.width, sizes.columns + sizes.normalize
     elements = sizes.heads * sizes.n_sums * sizes.width * (sizes.columns + sizes.normalize)
     instance = specs.scan("float64" if dtype == "float64" else "float32")
     blocks = max(1, min(-(-elements // instance.threads), 32 * card.multiprocessors))
-    return Launch(instance, blocks, 0, p)
+    return Launch(instance, blocks, 0, params)
 
 
 def work_shape(lead: tuple[int, ...], sizes: Sizes, n_segments: int) -> tuple[int, ...]:

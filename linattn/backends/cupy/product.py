@@ -210,7 +210,7 @@ def launches(product: Product, device: Any, xp: Any, sums: Sums | None = None) -
 def total_of(product: Product, sizes: plan.Sizes, base: np.ndarray, device: Any, xp: Any) -> tuple[Any, dict[str, Any]]:
     """Where the state after all keys goes: to the result, or, if none is asked for, to memory of its own."""
     if product.final is not None:
-        return product.final, {name: base[name].copy() for name in ("final", "final_rest")}
+        return product.final, {name: replaced(base[name]) for name in ("final", "final_rest")}
     memory = empty(
         (*product.lead, sizes.n_sums, sizes.width, sizes.columns + sizes.normalize), real_of(product.dtype), xp
     )
@@ -243,7 +243,8 @@ def real_of(dtype: str) -> str:
 
 
 def replaced(p: np.ndarray, **changes: Any) -> np.ndarray:
-    p = p.copy()
+    """A copy with other values; of its bytes, for NumPy copies a struct field by field."""
+    p = np.frombuffer(p, np.uint8).copy().view(p.dtype).reshape(())
     for name, x in changes.items():
         p[name] = x
     return p
