@@ -293,3 +293,18 @@ def test_streams(simulator, monkeypatch, attend, rng):
         out, state = attend.step(q[:, first:last], k[:, first:last], v[:, first:last], state)
         parts.append(out)
     assert_close(np.concatenate(parts, axis=1), want)
+
+
+def test_values_far_from_zero(simulator, rng):
+    """v + 1000 in float32: the gradients keep 1e-6, for values are centred there, by the mean of some of them."""
+    simulator()
+    args, options, _ = drawn(rng, "float32", RULES[1], "past", False, True, LEADS[0], 600, 600, 13, 13)
+    q, k, v, state = args
+    v = (1000 + v).astype("float32")
+    state = tuple(np.zeros_like(x) for x in state)
+    options |= {"eps": "safe"}
+    d_out = rng.normal(size=(2, 600, 13)).astype("float32")
+    wide = as_reference(*in_float64((q, k, v, state), options))
+    (_, _, got), (_, _, want) = judged((q, k, v, state), options, wide, d_out, None)
+    for x, y in zip(got[:3], want[:3], strict=True):
+        assert_close(x, y, 1e-6)
