@@ -1,4 +1,4 @@
-"""`python -m asv_bench.peers [--seconds S] [--json FILE] [--png FILE]`: measure, print, and keep."""
+"""`python -m asv_bench.peers [--seconds S] [--out FOLDER]`: measure, print, and keep."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import numpy as np
 import linattn as la
 from asv_bench.peers import limits, memory, steps
 from asv_bench.peers.contenders import contenders, missing
+from asv_bench.peers.report import draw_lengths, report_as_rst
 from asv_bench.peers.timing import disagreement, draw, medians
 
 HEADS, CHANNELS = 8, 64
@@ -61,7 +62,7 @@ def lengths(seconds: float) -> list[dict[str, Any]]:
 
 
 def flops_of(row: dict[str, Any], job: str) -> float:
-    """The multiplications and additions nobody can do without: 4 d^2 a token forward, 12 backward; twice for cosFormer."""
+    """The recurrence's operations: a token's 4 d^2 forward and 12 d^2 backward, cosFormer's twice."""
     each = {"linear": 1, "cosformer": 2}[row["computes"]] * CHANNELS**2
     return HEADS * row["tokens"] * each * (4 if job == "forward" else 16)
 
@@ -155,8 +156,7 @@ def memory_table() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m asv_bench.peers", description=__doc__)
     parser.add_argument("--seconds", type=float, default=120, help="for the timed rounds")
-    parser.add_argument("--json", type=Path, help="keep the figures there")
-    parser.add_argument("--png", type=Path, help="draw time against length there")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write peers.json, peers.rst and peers.png there")
     options = parser.parse_args()
     s = options.seconds
     try:
@@ -183,10 +183,10 @@ def main() -> None:
         print(f"  {row['name']:22}{row['job']:10}{row['over one input']:6.2f}")
     if missing:
         print("\nnot installed, left out: " + "; ".join(missing))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.png:
-        draw_lengths(report["lengths"], options.png)
+    if options.out:
+        (options.out / "peers.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (options.out / "peers.rst").write_text(report_as_rst(report), encoding="utf-8")
+        draw_lengths(report["lengths"], options.out / "peers.png")
 
 
 def cpu_name() -> str:
@@ -206,37 +206,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def draw_lengths(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time of one call against the length: the linear contenders, and exact softmax, which they cross."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axis, job, title in zip(axes, ("forward", "both"), ("forward", "forward and backward"), strict=True):
-        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for row in rows:
-            if row["computes"] != "cosformer" and job in row:
-                curves.setdefault((row["name"], row["computes"]), []).append((row["tokens"], 1e3 * row[job]))
-        for (name, computes), points in curves.items():
-            ours = name.startswith("linattn")
-            axis.plot(
-                *zip(*points, strict=True),
-                marker="o",
-                markersize=4,
-                linewidth=2.5 if ours else 1.2,
-                linestyle="--" if computes == "softmax" else "-",
-                label=f"{name}: {computes}",
-            )
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=title)
-        axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel(f"milliseconds, {HEADS} heads, {CHANNELS} channels, one thread")
-    axes[1].legend(fontsize=7)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
