@@ -71,6 +71,12 @@ def kernels(session: nox.Session) -> None:
 
 
 @nox.session
+def peers(session: nox.Session) -> None:
+    """Ours beside JAX, torch and other packages, where they are installed: `nox -s peers -- --out docs/measured`."""
+    session.run("python", "-m", "asv_bench.peers", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """A wheel and an sdist, checked; they are not kept."""
     with tempfile.TemporaryDirectory() as folder:

@@ -60,6 +60,32 @@ def cut(rng, n, n_cuts):
 # -- splits -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attend, backend", values_on_backends(STREAMED))
+def test_a_good_step_excuses_no_bad_one(attend, backend, rng):
+    """What was checked for one token is checked again for another that is not like it."""
+    q, k, v = rng.normal(size=(3, 2, 1, 4))
+    state = attend.init_state(k, v)
+    _, state = attend.step(q, k, v, state, backend=backend)
+    attend.step(q, k, v, state, backend=backend)
+    narrow = [x.astype("float32") for x in (q, k, v)]
+    wrong = [
+        (TypeError, (*narrow, state), {}),  # a state in another dtype
+        (TypeError, (narrow[0], k, v, state), {}),
+        (ValueError, (q[..., :3], k, v, state), {}),
+        (ValueError, (q, k, v[..., :3], state), {}),  # a state of other values
+        (ValueError, (q, np.concat([k, k], -2), v, state), {}),
+        (TypeError, (q, k, v, state), {"key_mask": np.ones((2, 1))}),
+        (ValueError, (q, k, v, state), {"backend": "abacus"}),
+        (ValueError, (q, k, v, state), {"backend": ["numba"]}),
+        (TypeError, (q.tolist(), k, v, state), {}),
+        (TypeError, (np.ma.array(q), k, v, state), {}),
+        (TypeError, (q, k, v, state.arrays), {}),
+    ]
+    for error, args, options in wrong:
+        with pytest.raises(error):
+            attend.step(*args, **{"backend": backend, **options})
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("attend, backend", streams_on_backends(STREAMED))
 def test_any_split_is_the_whole_pass(attend, backend, masked, rng):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from linattn import _arrays, _checks, backends
 from linattn._arrays import Array
 
@@ -304,13 +306,21 @@ class Attention:
     def _run_step(
         self, q: Any, k: Any, v: Any, state: Any, key_mask: Any, backend: Any
     ) -> tuple[Array, State, Callable[..., tuple[Array, Array, Array, State]]]:
-        xp = _checks.queries_keys_values(q, k, v)
         _checks.state_of(self, state, State)
-        q, k, v = _arrays.plain(q), _arrays.plain(k), _arrays.plain(v)
-        call, lead = self._checked(q, k, v, True, key_mask, None, backend, xp)
-        call = call._replace(first_position=state.position)
-        self._refuse(call, streaming=True)
-        self._refuse_state(state, k, v, call)
+        seen = _likes_of_step(self, q, k, v, state.arrays, backend) if key_mask is None else None
+        if seen is not None and seen in _good_steps:  # decoding asks the same of every token
+            call = Call(_arrays.namespace(q), backend, True, None, None, state.position)
+            lead = _good_steps[seen]
+        else:
+            xp = _checks.queries_keys_values(q, k, v)
+            q, k, v = _arrays.plain(q), _arrays.plain(k), _arrays.plain(v)
+            call, lead = self._checked(q, k, v, True, key_mask, None, backend, xp)
+            call = call._replace(first_position=state.position)
+            self._refuse(call, streaming=True)
+            self._refuse_state(state, k, v, call)
+            if seen is not None:
+                _remember_step(seen, lead)
+        self._refuse_last(state.position + k.shape[-2] - 1)
         shape = (*lead, q.shape[-2], v.shape[-1])
         with _arrays.quiet(q):
             y, arrays, saved = self._forward(q, k, v, state.arrays, call, None)
@@ -330,6 +340,7 @@ class Attention:
         return y, after, backward
 
     def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
+        """Raises for a state whose arrays do not fit: by their shapes, dtypes and libraries alone."""
         with _arrays.quiet(k):
             want = self._empty(k[..., :0, :], v[..., :0, :], call)
         _check_state(state.arrays, want, "state")
@@ -360,6 +371,9 @@ class Attention:
     def _refuse(self, call: Call, streaming: bool) -> None:
         """Raises for calls that the mechanism does not offer; by default it offers all."""
 
+    def _refuse_last(self, position: int) -> None:
+        """Raises if a stream cannot reach this position; by default there is no end."""
+
     def _forward(self, q: Array, k: Array, v: Array, arrays: Any, call: Call, out: Any) -> tuple[Array, Any, Any]:
         raise NotImplementedError
 
@@ -380,6 +394,25 @@ class Attention:
 
     def _merge(self, earlier: Any, later: Any, xp: Any) -> Any:
         raise NotImplementedError
+
+
+_good_steps: dict[tuple[Any, ...], tuple[int, ...]] = {}
+GOOD_STEPS = 256  # of a softmax stream every token makes one
+
+
+def _likes_of_step(attend: Attention, q: Any, k: Any, v: Any, arrays: Any, backend: Any) -> tuple[Any, ...] | None:
+    """All that the checks of a step look at, if everything is NumPy's own and in native byte order; else None."""
+    given = [q, k, v, *(x for x in arrays if x is not None)]
+    plain = all(type(x) is np.ndarray and x.dtype.isnative for x in given)
+    if not plain or not (backend is None or type(backend) is str):
+        return None
+    return attend, backend, type(arrays), *[(x.shape, x.dtype) for x in given]
+
+
+def _remember_step(seen: tuple[Any, ...], lead: tuple[int, ...]) -> None:
+    if len(_good_steps) >= GOOD_STEPS:
+        _good_steps.clear()
+    _good_steps[seen] = lead
 
 
 def room(call: Call, like: Array, engine: str) -> Any:

@@ -198,9 +198,8 @@ class CosFormer(FeatureAttention):
                 remedy = "give `length`, in tokens" if self.align == "start" else 'use align="start" with a `length`'
                 raise ValueError(f"{where} cannot {what}; {remedy}.")
 
-    def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
-        super()._refuse_state(state, k, v, call)
-        self._check_last(state.position + k.shape[-2] - 1, self.length)
+    def _refuse_last(self, position: int) -> None:
+        self._check_last(position, self.length)
 
     def _refuse_merge(self, earlier: State, later: State) -> None:
         super()._refuse_merge(earlier, later)
