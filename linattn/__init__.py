@@ -5,7 +5,10 @@ A mechanism is a small frozen value that is called on arrays; see `CosFormer`, `
 
 from __future__ import annotations
 
-from linattn import instruments, regions
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from linattn import regions
 from linattn.backends.numba.threads import threads
 from linattn.engines.features import FeatureMap
 from linattn.mechanisms.attention import State
@@ -18,6 +21,9 @@ from linattn.mechanisms.softmax import Softmax, softmax_attention
 from linattn.plans.plan import Plan
 from linattn.projections import draw_projection
 from linattn.states import load_state, save_state
+
+if TYPE_CHECKING:
+    from linattn import instruments
 
 __version__ = "0.1.0.dev0"
 
@@ -46,3 +52,10 @@ __all__ = [
     "softmax_attention",
     "threads",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`la.instruments` when it is first used: measuring is not on every program's way."""
+    if name == "instruments":
+        return import_module("linattn.instruments")
+    raise AttributeError(f"module 'linattn' has no attribute {name!r}")
