@@ -44,7 +44,7 @@ def draw(rng, n=9, m=9, d=3, e=2):
 
 def test_a_mechanism_has_its_row_in_every_table():
     mechanisms = {name for name in la.__all__ if name in quadratic.FORMULAS}
-    assert set(subjects.SUBJECTS) == set(quadratic.FORMULAS) == set(rigorous.RULES) == mechanisms
+    assert set(subjects.SUBJECTS) == set(quadratic.FORMULAS) == {*rigorous.RULES, *rigorous.WHOLE} == mechanisms
     engines = {subjects.engine_of(attend) for attend in VALUES}
     assert engines == set(subjects.ENGINES) == set(KINDS) == set(bounds.DEPTHS)
     assert survey.unjudged() == []

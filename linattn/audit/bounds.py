@@ -79,7 +79,18 @@ def blocks_depth(backend: str, dtype: str, *, n_keys: int, n_features: int) -> f
     return 3 + max(depth(backend, dtype, **sizes) for depth in (loglinear_depth, softmax_depth))
 
 
-DEPTHS = {"linear": linear_depth, "loglinear": loglinear_depth, "softmax": softmax_depth, "blocks": blocks_depth}
+def combiner_depth(backend: str, dtype: str, *, n_keys: int, n_features: int) -> float:
+    """A softmax inside a region, and one over keys and regions: one after the other."""
+    return 2 * (n_keys + 3)
+
+
+DEPTHS = {
+    "linear": linear_depth,
+    "loglinear": loglinear_depth,
+    "softmax": softmax_depth,
+    "blocks": blocks_depth,
+    "combiner": combiner_depth,
+}
 
 
 def depth(engine: str, backend: str, dtype: str, *, n_keys: int, n_features: int) -> float:

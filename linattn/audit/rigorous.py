@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from linattn.audit import quadratic
+from linattn.audit.combiner import plans_of
 
 __all__ = ["BITS", "RULES", "Enclosure", "Places", "distance", "enclose", "midpoints", "missing"]
 
@@ -146,11 +147,7 @@ def cosformer(
 def softmax(x: Row, keys: list[Row], at: Places, *, scale: float | None = None) -> Row:
     """A[t, s] = exp(scale q_t . k_s) / sum_s exp(scale q_t . k_s),   scale = D^(-1/2)"""
     factor = arb(scale) if scale is not None else arb(max(len(x), 1)).rsqrt()
-    scores = [factor * dot(x, y) for y in keys]
-    if not scores:
-        return []
-    top = max(float(real(a).mid()) for a in scores)  # any number: it cancels
-    return over_divisor([(a - top).exp() for a in scores], "safe")
+    return normalised([factor * dot(x, y) for y in keys])
 
 
 def by_logs(x: Row, keys: list[Row]) -> Row:
@@ -210,6 +207,50 @@ RULES: dict[str, Callable[..., Row]] = {
 }
 
 
+def combiner(
+    queries: list[Row], keys: list[Row], seen: NDArray[np.bool_], causal: bool, *, pattern: Any = "fixed",
+    span: int | None = None, width: int | None = None, pool: str = "max", size_bias: bool = False,
+    mix: str = "average", scale: float | None = None, **_: Any,
+) -> list[Row]:  # fmt: skip
+    """All rows of A = P_direct + P_regions Pi: a region's query and key are maxima, so rows depend on other queries."""
+    if pool != "max" or size_bias or pattern == "axial_rowmajor":
+        raise ValueError(f"There is no rule for pool={pool!r}, size_bias={size_bias!r} and pattern={pattern!r}.")
+    n = len(queries)
+    factor = arb(scale) if scale is not None else arb(max(len(queries[0]) if n else 1, 1)).rsqrt()
+    plans = plans_of(pattern, n, span or width, causal, mix)
+    total: list[Row] = [[arb(0)] * n for _ in range(n)]
+    for plan in plans:
+        members = [np.flatnonzero(row & seen).tolist() for row in plan.members]
+        regions = {}
+        for r, own in enumerate(members):
+            if own:
+                rho, kappa = ([max((x[s][d] for s in own), key=lambda a: float(real(a).mid()))
+                               for d in range(len(x[0]))] for x in (queries, keys))  # fmt: skip
+                regions[r] = kappa, normalised([factor * dot(rho, keys[s]) for s in own])
+        for t in range(n):
+            near = np.flatnonzero(plan.direct[t] & seen).tolist()
+            far = [r for r in np.flatnonzero(plan.users[t]).tolist() if r in regions]
+            others = [*(keys[s] for s in near), *(regions[r][0] for r in far)]
+            row = normalised([factor * dot(queries[t], y) for y in others])
+            for s, a in zip(near, row, strict=False):
+                total[t][s] += a / len(plans)
+            for r, a in zip(far, row[len(near) :], strict=True):
+                for s, b in zip(members[r], regions[r][1], strict=True):
+                    total[t][s] += a * b / len(plans)
+    return total
+
+
+def normalised(scores: Row) -> Row:
+    """softmax of one row"""
+    if not scores:
+        return []
+    top = max(float(real(a).mid()) for a in scores)  # any number: it cancels
+    return over_divisor([(a - top).exp() for a in scores], "safe")
+
+
+WHOLE: dict[str, Callable[..., list[Row]]] = {"Combiner": combiner}  # rules that give all rows of weights at once
+
+
 # --------------------------------------------------------------------------------------------- enclosures
 
 
@@ -257,8 +298,10 @@ def enclose(
     q, k, v = (np.asarray(x, dtype=float) for x in (q, k, v))
     n_queries, n_keys = len(q), len(k)
     parameters = quadratic.formula_of(attend).parameters
-    rule = RULES[type(attend).__name__]
     mask = np.ones(n_keys, bool) if key_mask is None else np.asarray(key_mask)
+    if type(attend).__name__ in WHOLE:
+        return enclose_whole(attend, q, k, v, mask, causal, d_out, rows)
+    rule = RULES[type(attend).__name__]
     rows = list(range(n_queries)) if rows is None else rows
     with precision() as flint:
         queries, keys, values = (balls(x).tolist() for x in (q, k, v))
@@ -295,6 +338,49 @@ def enclose(
     if d_out is None:
         return Enclosure(out, absolute, None, None, None)
     return Enclosure(out, absolute, d_q, d_k, d_v)
+
+
+def enclose_whole(
+    attend: Any, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: NDArray[np.bool_], causal: bool, d_out: Any,
+    rows: list[int] | None,
+) -> Enclosure:  # fmt: skip
+    """By a rule that gives all rows at once; cotangents are those of all rows."""
+    parameters, of = quadratic.formula_of(attend).parameters, WHOLE[type(attend).__name__]
+    with precision() as flint:
+        queries, keys, values = (balls(x).tolist() for x in (q, k, v))
+
+        def product(weights: list[Row], columns: list[Row], size: Any = lambda a: a) -> Balls:
+            made = balls(np.zeros((len(weights), v.shape[1])))
+            for t, x in np.ndindex(made.shape):
+                made[t, x] = dot([size(a) for a in weights[t]], [size(y[x]) for y in columns])
+            return made
+
+        weights = of(queries, keys, mask, causal, **parameters)
+        shown = weights if rows is None else [weights[t] for t in rows]
+        out, absolute = product(shown, values), product(shown, values, abs)
+        if d_out is None:
+            return Enclosure(out, absolute, None, None, None)
+        if rows is not None:
+            raise ValueError(f"`rows` must be left out with `d_out` for {attend!r}, got {rows}.")
+        g = balls(np.asarray(d_out, dtype=float)).tolist()
+        paired = [[dot(g_t, v_s) for v_s in values] for g_t in g]
+
+        def slope(queries: list[Row], keys: list[Row]) -> Any:
+            """The coefficient of h in sum_t g_t . out_t."""
+            moved = of(queries, keys, mask, causal, **parameters)
+            loss = sum((dot(row, worth) for row, worth in zip(moved, paired, strict=True)), start=arb(0))
+            return loss[1] if hasattr(loss, "length") else flint.arb(0)
+
+        grads = []
+        for side in range(2):
+            d_x = balls(np.zeros((q, k)[side].shape))
+            for t, d in np.ndindex(d_x.shape):
+                sides = [queries, keys]
+                sides[side] = [*sides[side][:t], moved(sides[side][t], d, flint), *sides[side][t + 1 :]]
+                d_x[t, d] = slope(*sides)
+            grads.append(d_x)
+        d_v = product([list(column) for column in zip(*weights, strict=True)], g)
+    return Enclosure(out, absolute, *grads, d_v)
 
 
 def moved(x: Row, d: int, flint: Any) -> Row:

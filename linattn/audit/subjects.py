@@ -18,6 +18,7 @@ ENGINES: dict[str, tuple[str, ...]] = {  # and the rooms' files that it runs
     "loglinear": ("loglinear",),
     "softmax": ("softmax",),
     "blocks": ("loglinear", "softmax"),
+    "combiner": ("combiner",),
 }
 
 # The values of each mechanism for sequences of at most n tokens.
@@ -32,6 +33,7 @@ SUBJECTS: dict[str, Callable[[int], list[Any]]] = {
     ],
     "LLN": lambda n: [la.LLN(alpha=1.5, beta=1.25)],
     "LLNDiag": lambda n: [la.LLNDiag(alpha=1.5, beta=1.25, block=16)],
+    "Combiner": lambda n: [la.Combiner(span=4)],
 }
 
 LOG_FEATURES = ("positive", "hyperbolic")
@@ -43,6 +45,8 @@ def engine_of(attend: Any) -> str:
         return "softmax"
     if isinstance(attend, la.LLNDiag):
         return "blocks"
+    if isinstance(attend, la.Combiner):
+        return "combiner"
     by_logs = isinstance(attend, la.LLN) or getattr(attend, "feature_map", None) == "exp"
     return "loglinear" if by_logs or getattr(attend, "features", None) in LOG_FEATURES else "linear"
 

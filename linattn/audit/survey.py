@@ -40,7 +40,9 @@ SAMPLED = 5  # rows of a long sequence that extended precision judges
 BALLS = ("gaussian", "student-t(2)", "norms near overflow", "norms near underflow", "constant", "v + 1e4", "real")
 NARROW = ("gaussian", "v + 1e2", "real")  # families of the 16-bit formats
 LONG_FAMILIES = ("gaussian", "constant")
-QUADRATIC = ("softmax", "blocks")  # no oracle of linear cost
+QUADRATIC = ("softmax", "blocks", "combiner")  # no oracle of linear cost
+STREAMING = {"combiner": ("reference",)}  # rooms that have steps, where not all have them
+SELF = ("blocks", "combiner")  # as many queries as keys
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 BACKENDS = ("reference", "numba")  # rooms that take NumPy arrays
 STREAMED = ("gaussian", "v + 1e2", "real")
@@ -139,7 +141,7 @@ def cases(names: list[str], full: bool) -> Iterator[Case]:
                     for n in SIZES:
                         yield replace(case, kind="sizes", dtype=dtype, n=n, m=n, d=6, e=5)
                     yield replace(case, kind="sizes", dtype=dtype, n=50, m=50, d=1, e=1)
-                    if not case.causal and case.engine != "blocks":
+                    if not case.causal and case.engine not in SELF:
                         yield replace(case, kind="sizes", dtype=dtype, n=7, m=130)
                         yield replace(case, kind="sizes", dtype=dtype, n=130, m=7)
                     for family in STREAMED if case.causal else ():
@@ -258,7 +260,11 @@ def figures_of(case: Case, where: list[str]) -> Iterator[Figure]:
     if case.kind == "balls" and not exact.unclaimed:
         *args, g = (x.astype(float) for x in (*inputs[:3], d_out))
         balls, oracle = rigorous.enclose(case.attend, *args, causal=case.causal, d_out=g), "balls"
-    for backend in where[:1] if case.kind == "weights" else where:  # `weights` has one room
+    if case.kind == "weights":
+        where = where[:1]  # it has one room
+    if case.kind == "streams":
+        where = [backend for backend in where if backend in STREAMING.get(case.engine, where)]
+    for backend in where:
         got = results(case, inputs, d_out, backend)
         for name in got:
             error = None if balls is None else rigorous.distance(got[name].astype(float), getattr(balls, name))
@@ -339,5 +345,5 @@ def audited(names: list[str] | None) -> list[str]:
 def unjudged() -> list[str]:
     """Mechanisms of the table that lack a formula, a rule for balls, or a derivative."""
     return [name for name, values in subjects.SUBJECTS.items()
-            if not (name in quadratic.FORMULAS and name in rigorous.RULES
+            if not (name in quadratic.FORMULAS and name in {**rigorous.RULES, **rigorous.WHOLE}
                     and all(subjects.engine_of(attend) in KINDS for attend in values(TOKENS)))]  # fmt: skip

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 import linattn as la
 from linattn.audit import bounds, quadratic, subjects
 from linattn.audit.truth_logs import by_logs, by_logs_and_blocks, log_errors
+from linattn.audit.truth_regions import by_regions
 from linattn.audit.truth_scores import by_scores
 from linattn.audit.units import Arithmetic, Truth, centred, extended, pulled_back
 
@@ -179,4 +180,10 @@ def largest_error(attend: Any, q: Array, k: Array, arithmetic: Arithmetic) -> fl
     return float(sum(e.max(initial=0) for e in errors))
 
 
-KINDS = {"linear": by_features, "loglinear": by_logs, "softmax": by_scores, "blocks": by_logs_and_blocks}
+KINDS = {
+    "linear": by_features,
+    "loglinear": by_logs,
+    "softmax": by_scores,
+    "blocks": by_logs_and_blocks,
+    "combiner": by_regions,
+}
