@@ -115,7 +115,7 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name, parameters", PARAMETERS, ids=str)
+@pytest.mark.parametrize("name, parameters", PARAMETERS, ids=lambda x: x if isinstance(x, str) else ", ".join(x))
 def test_weights_are_the_sums_written_out(name, parameters, causal, rng):
     """Each entry in 40 digits, with a mask and, if not causal, unequal lengths."""
     n, m = (6, 6) if causal else (5, 7)
