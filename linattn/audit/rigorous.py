@@ -380,7 +380,7 @@ def enclose_whole(
                 d_x[t, d] = slope(*sides)
             grads.append(d_x)
         d_v = product([list(column) for column in zip(*weights, strict=True)], g)
-    return Enclosure(out, absolute, *grads, d_v)
+    return Enclosure(out, absolute, grads[0], grads[1], d_v)
 
 
 def moved(x: Row, d: int, flint: Any) -> Row:
