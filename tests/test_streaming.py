@@ -60,7 +60,7 @@ def cut(rng, n, n_cuts):
 # -- splits -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attend, backend", values_on_backends(STREAMED))
+@pytest.mark.parametrize("attend, backend", [(x, backend) for x in STREAMED for backend in backends_of_steps(x)])
 def test_a_good_step_excuses_no_bad_one(attend, backend, rng):
     """What was checked for one token is checked again for another that is not like it."""
     q, k, v = rng.normal(size=(3, 2, 1, 4))

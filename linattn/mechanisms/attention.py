@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -63,6 +63,8 @@ class Attention:
     - `_empty(k, v, call) -> arrays` and `_merge(earlier, later, xp) -> arrays`
     - `_refuse(call, streaming)`: raises for what the mechanism cannot do
     """
+
+    _fits_by_shape: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         """The code that makes this value: what is not the default."""
@@ -307,7 +309,8 @@ class Attention:
         self, q: Any, k: Any, v: Any, state: Any, key_mask: Any, backend: Any
     ) -> tuple[Array, State, Callable[..., tuple[Array, Array, Array, State]]]:
         _checks.state_of(self, state, State)
-        seen = _likes_of_step(self, q, k, v, state.arrays, backend) if key_mask is None else None
+        known = key_mask is None and self._fits_by_shape
+        seen = _likes_of_step(self, q, k, v, state.arrays, backend) if known else None
         if seen is not None and seen in _good_steps:  # decoding asks the same of every token
             call = Call(_arrays.namespace(q), backend, True, None, None, state.position)
             lead = _good_steps[seen]
@@ -340,7 +343,7 @@ class Attention:
         return y, after, backward
 
     def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
-        """Raises for a state whose arrays do not fit: by their shapes, dtypes and libraries alone."""
+        """Raises for a state whose arrays do not fit: `_fits_by_shape` says that shapes, dtypes and libraries decide."""
         with _arrays.quiet(k):
             want = self._empty(k[..., :0, :], v[..., :0, :], call)
         _check_state(state.arrays, want, "state")

@@ -206,6 +206,8 @@ class Combiner(Attention):
     def _empty(self, k: Array, v: Array, call: Call) -> CombinerState:
         return empty_state(k, v, call.xp)
 
+    _fits_by_shape = False
+
     def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
         """The leading axes of what is pooled may have grown; tokens and regions follow from the position."""
         arrays, wide = state.arrays, "float64" if _arrays.dtype_name(k) == "float64" else "float32"
