@@ -343,7 +343,7 @@ class Attention:
         return y, after, backward
 
     def _refuse_state(self, state: State, k: Array, v: Array, call: Call) -> None:
-        """Raises for a state whose arrays do not fit: `_fits_by_shape` says that shapes, dtypes and libraries decide."""
+        """Raises for a state whose arrays do not fit; `_fits_by_shape`: shapes, dtypes and libraries decide."""
         with _arrays.quiet(k):
             want = self._empty(k[..., :0, :], v[..., :0, :], call)
         _check_state(state.arrays, want, "state")
