@@ -311,9 +311,9 @@ class Attention:
         _checks.state_of(self, state, State)
         known = key_mask is None and self._fits_by_shape
         seen = _likes_of_step(self, q, k, v, state.arrays, backend) if known else None
-        if seen is not None and seen in _good_steps:  # decoding asks the same of every token
-            call = Call(_arrays.namespace(q), backend, True, None, None, state.position)
-            lead = _good_steps[seen]
+        checked = None if seen is None else _good_steps.get(seen)
+        if checked is not None:  # decoding asks the same of every token
+            call, lead = Call(_arrays.namespace(q), backend, True, None, None, state.position), checked
         else:
             xp = _checks.queries_keys_values(q, k, v)
             q, k, v = _arrays.plain(q), _arrays.plain(k), _arrays.plain(v)
