@@ -28,6 +28,7 @@ import ml_dtypes
 import numpy as np
 
 import linattn as la
+from linattn._cli import info
 from linattn.audit import measure, quadratic
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "measured"
@@ -465,18 +466,8 @@ def host() -> str:
 
     names = {"NumPy": np.__version__, "Numba": numba.__version__, "array-api-compat": array_api_compat.__version__}
     versions = ", ".join(f"{name} {version}" for name, version in names.items())
-    return f"linattn {la.__version__}, {versions}, Python {platform.python_version()}, {platform.machine()}, {cpu()}"
-
-
-def cpu() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "processor unknown"
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "processor unknown"
-    )
+    machine = f"{platform.machine()}, {info.processor()}"
+    return f"linattn {la.__version__}, {versions}, Python {platform.python_version()}, {machine}"
 
 
 def grown(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

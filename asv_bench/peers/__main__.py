@@ -23,6 +23,7 @@ from asv_bench.peers import limits, memory, steps
 from asv_bench.peers.contenders import contenders, missing
 from asv_bench.peers.report import draw_lengths, report_as_rst
 from asv_bench.peers.timing import disagreement, draw, medians
+from linattn._cli import info
 
 HEADS, CHANNELS = 8, 64
 LENGTHS = {"linear": (512, 2048, 8192), "cosformer": (2048, 8192), "softmax": (512, 2048, 8192)}
@@ -166,8 +167,8 @@ def main() -> None:
     except ImportError:
         torch = None
     report: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {cpu_name()}",
-        "versions": versions(),
+        "machine": f"{platform.machine()}, {info.processor()}",
+        "versions": info.versions() | info.versions_of("pytorch-fast-transformers", "performer-pytorch"),
         "lengths": lengths(0.7 * s),
         "step": steps.measure_steps(0.05 * s),
         "peak": in_cache(0.1 * s),
@@ -187,25 +188,6 @@ def main() -> None:
         (options.out / "peers.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (options.out / "peers.rst").write_text(report_as_rst(report), encoding="utf-8")
         draw_lengths(report["lengths"], options.out / "peers.png")
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
-def versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {}
-    for name in ("linattn", "numpy", "numba", "torch", "jax", "pytorch-fast-transformers", "performer-pytorch"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

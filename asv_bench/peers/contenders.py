@@ -54,18 +54,17 @@ def ours(attend: Any, reuse: bool) -> Callable[..., Jobs]:
     return make
 
 
+def attends(n_tokens: int) -> dict[str, Any]:
+    """What a contender may compute, as ours."""
+    return {"linear": la.Linear("relu"), "cosformer": la.CosFormer(n_tokens), "softmax": la.Softmax()}
+
+
 def our_contenders(n_tokens: int) -> list[Contender]:
-    found = []
-    for computes, attend in [
-        ("linear", la.Linear("relu")),
-        ("cosformer", la.CosFormer(n_tokens)),
-        ("softmax", la.Softmax()),
-    ]:
-        found += [
-            Contender("linattn", computes, ours(attend, False)),
-            Contender("linattn, out=", computes, ours(attend, True)),
-        ]
-    return found
+    return [
+        Contender(name, computes, ours(attend, reuse))
+        for computes, attend in attends(n_tokens).items()
+        for name, reuse in (("linattn", False), ("linattn, out=", True))
+    ]
 
 
 def turned(xp, x, angles):

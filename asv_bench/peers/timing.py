@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-import linattn as la
 from linattn.audit import quadratic
+
+from .contenders import attends
 
 __all__ = ["disagreement", "draw", "medians"]
 
@@ -33,9 +34,8 @@ def disagreement(
     Causal rows do not see what comes behind them, so the first HEAD tokens of one head are a problem of their own.
     Gradients of the first tokens have small denominators: they are compared as a whole. None may be given.
     """
-    attend = {"linear": la.Linear("relu"), "cosformer": la.CosFormer(n_tokens), "softmax": la.Softmax()}[computes]
     q, k, v = (x[0, :HEAD].astype("float64") for x in args)
-    want = quadratic.formula_of(attend)(q, k, v, causal=True)
+    want = quadratic.formula_of(attends(n_tokens)[computes])(q, k, v, causal=True)
     error = float(np.max(np.abs(np.asarray(out)[0, :HEAD] - want)) / np.max(np.abs(v)))
     if not error <= OUT_LIMIT:
         return f"out is off by {error:.1e}"

@@ -29,8 +29,14 @@ THREAD_VARIABLES = (
 
 def versions() -> dict[str, str]:
     """Of Python, of this package and of what it can use; what is not installed is left out."""
-    found = {"python": platform.python_version(), "linattn": linattn.__version__}
-    for name in (*REQUIRED, *OPTIONAL):
+    own = {"python": platform.python_version(), "linattn": linattn.__version__}
+    return own | versions_of(*REQUIRED, *OPTIONAL)
+
+
+def versions_of(*names: str) -> dict[str, str]:
+    """Those of packages by name that are installed."""
+    found = {}
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -158,12 +158,6 @@ def clear(x):
 
 
 @helper
-def scale_row(x, factor):
-    for i in range(x.size):
-        x[i] *= factor
-
-
-@helper
 def divide_row(x, divisor):
     for i in range(x.size):
         x[i] /= divisor

@@ -46,7 +46,6 @@ from ._logs import (
     turn_columns,
     turn_features,
     turn_of,
-    turned_step,
     widen,
     widen_by_logs,
 )
@@ -62,6 +61,7 @@ from ._rows import (
     copy_rows,
     divide_rows,
     row_dots,
+    step,
 )
 from ._tiles import CHUNK, SETTLE
 from ._vector import behind, pointer
@@ -226,8 +226,8 @@ def forward_kernel(salt):
                 if masked and not mask[table[i, 7]]:
                     clear_rows(1, E1, V, 0, 0)
                 row_dots(1, Fp, Q, 0, 0, K, 0, 0, d, 0, 0)
-                turned_step(F, E1, Q, 0, 0, K, 0, 0, V, 0, 0, d, 0, 0, turn, 0, 0, sums, p, E1, rest, p, E1,
-                            new_sums, p, E1, new_rest, p, E1, Y, 0, 0)  # fmt: skip
+                step(F, E1, Q, 0, 0, K, 0, 0, V, 0, 0, d, 0, 0, turn, 0, 0, sums, p, E1, rest, p, E1,
+                     new_sums, p, E1, new_rest, p, E1, Y, 0, 0)  # fmt: skip
                 copy_rows(1, F, m, 0, 0, new_gauge, j * F, 0)
                 d[0] = Y[E_all]
                 live_divisors(d, 0, 1, den)

@@ -15,13 +15,12 @@ from numba import types
 from ._jit import helper
 from ._maps import BIAS, LOG2E, MANTISSA, exp
 from ._rows import scale_rows
-from ._tiles import TILE
-from ._vector import I64, Emitter, operation, rowwise, two_sum
+from ._vector import I64, Emitter, operation, rowwise
 
 __all__ = [
     "NONE", "cotangent_rows", "excess_rows", "head_room", "key_rows", "multiply_rows", "multiply_rows_add", "none_rows",
     "query_rows", "raise_gauge", "row_limit", "split_rows", "top_rows", "turn_columns", "turn_features", "turn_of",
-    "turned_step", "widen", "widen_by_logs",
+    "widen", "widen_by_logs",
 ]  # fmt: skip
 
 NONE = -(2**29)
@@ -191,43 +190,6 @@ def top_rows(v, sizes, memories):
         top.store(one, one.as_real(largest(one, whole, width, in_vectors)), t)
 
     v.loop(I64(0), count, 1, [], row)
-
-
-@operation
-def turned_step(v, sizes, memories):
-    """turned_step(rows, width, Q, K, V, W, turn, sums, rest, new_sums, new_rest, Y): one token, from state to state.
-
-    S, E are sums and rest times turn; y = q . (S + E) + (q . k) v; S' + E' = S + E + k v^T, S' rounded, E' exact
-    """
-    rows, width = sizes
-    (qq, _), (kk, _), (vv, _), (ww, _), (tt, _), *states, (yy, _) = memories
-    (ss, s_row), (ee, e_row), (s2, s2_row), (e2, e2_row) = states
-    b = v.b
-
-    def part(w, first, last, n):
-        def columns(x, _):
-            values = [vv.load(w, x, i * w.lanes) for i in range(n)]
-
-            def row(f, acc):
-                query, key, turn = (m.spread(w, f) for m in (qq, kk, tt))
-                for i in range(n):
-                    s, e = (m.load(w, b.mul(f, stride), x, i * w.lanes) for m, stride in ((ss, s_row), (ee, e_row)))
-                    s, e = w.mul(s, turn), w.mul(e, turn)
-                    acc[i] = w.fma(query, w.add(s, e), acc[i])
-                    new, lost = two_sum(w, s, w.fma(key, values[i], e))
-                    s2.store(w, new, b.mul(f, s2_row), x, i * w.lanes)
-                    e2.store(w, lost, b.mul(f, e2_row), x, i * w.lanes)
-                return acc
-
-            acc = w.loop(I64(0), rows, 1, [w.zero] * n, row)
-            for i in range(n):
-                yy.store(w, w.fma(ww.spread(w, 0), values[i], acc[i]), x, i * w.lanes)
-
-        w.loop(first, last, n * w.lanes, [], columns)
-
-    whole = b.sub(width, b.and_(width, I64(TILE.vectors * v.lanes - 1)))
-    part(v, I64(0), whole, TILE.vectors)
-    part(v.single(), whole, width, 1)
 
 
 # -- states in another gauge ---------------------------------------------------------------------------------------

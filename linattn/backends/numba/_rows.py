@@ -152,12 +152,14 @@ def transpose(v, sizes, memories):
 
 @operation
 def step(v, sizes, memories):
-    """step(rows, width, Q, K, V, W, sums, rest, new_sums, new_rest, Y): one token, straight from state to state.
+    """step(rows, width, Q, K, V, W, [turn,] sums, rest, new_sums, new_rest, Y): one token, from state to state.
 
     y = q . (S + E) + (q . k) v,    S' + E' = S + E + k v^T    with S' the rounded sum and E' the rest of it, exactly
+
+    S, E are sums and rest, times turn if it is given.
     """
     rows, width = sizes
-    (qq, _), (kk, _), (vv, _), (ww, _), (ss, s_row), (ee, e_row), (s2, s2_row), (e2, e2_row), (yy, _) = memories
+    (qq, _), (kk, _), (vv, _), (ww, _), *turn, (ss, s_row), (ee, e_row), (s2, s2_row), (e2, e2_row), (yy, _) = memories
     b = v.b
 
     def part(w, first, last, n):
@@ -165,12 +167,13 @@ def step(v, sizes, memories):
             values = [vv.load(w, x, i * w.lanes) for i in range(n)]
 
             def row(f, acc):
-                query, key = qq.spread(w, f), kk.spread(w, f)
+                query, key, *factors = (m.spread(w, f) for m in (qq, kk, *(m for m, _ in turn)))
                 for i in range(n):
                     s, e = (m.load(w, b.mul(f, stride), x, i * w.lanes) for m, stride in ((ss, s_row), (ee, e_row)))
+                    for factor in factors:
+                        s, e = w.mul(s, factor), w.mul(e, factor)
                     acc[i] = w.fma(query, w.add(s, e), acc[i])
-                    e = w.fma(key, values[i], e)
-                    new, lost = two_sum(w, s, e)
+                    new, lost = two_sum(w, s, w.fma(key, values[i], e))
                     s2.store(w, new, b.mul(f, s2_row), x, i * w.lanes)
                     e2.store(w, lost, b.mul(f, e2_row), x, i * w.lanes)
                 return acc
