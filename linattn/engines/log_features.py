@@ -18,7 +18,8 @@ from linattn.backends.reference.linear import visible_mean
 from linattn.engines import loglinear
 from linattn.engines.loglinear import LogLinearState, Options
 
-PIECE = 1536  # tokens: some megabytes of logarithms a head, and little beside the work of a piece is repeated
+PIECE = 1536  # tokens of MANY features: some megabytes of logarithms a head, and little beside their work is repeated
+MANY = 128
 Cotangents = tuple[Any, ...]
 
 
@@ -47,12 +48,15 @@ class _Part(NamedTuple):
     options: Options
 
 
-def pieces(n_queries: int, n_keys: int, causal: bool, like: Array) -> list[Piece]:
+def pieces(features: LogFeatures, n_queries: int, k: Array, causal: bool) -> list[Piece]:
     """In the order of the forward. One piece where a graph may be traced: it would grow with N."""
-    if max(n_queries, n_keys) <= PIECE or _arrays.library(like) not in ROOM_OF:
+    n_keys, size = k.shape[-2], PIECE
+    if max(n_queries, n_keys) > PIECE:  # fewer features, more tokens
+        size *= max(1, MANY // max(1, features.log_k(k[..., :0, :]).shape[-1]))
+    if max(n_queries, n_keys) <= size or _arrays.library(k) not in ROOM_OF:
         return [Piece(slice(0, n_queries), slice(0, n_keys))]
     of_queries, of_keys = (
-        [slice(a, min(a + PIECE, n)) for a in range(0, max(n, 1), PIECE)] for n in (n_queries, n_keys)
+        [slice(a, min(a + size, n)) for a in range(0, max(n, 1), size)] for n in (n_queries, n_keys)
     )
     if causal:
         return [Piece(a, b) for a, b in zip(of_queries, of_keys, strict=True)]
@@ -65,7 +69,7 @@ def forward(
 ) -> tuple[Array, LogLinearState | None]:  # fmt: skip
     """out (..., N, E) and the state after all keys."""
     parts, now = [], state
-    for piece in pieces(q.shape[-2], k.shape[-2], options.span == "past", q):
+    for piece in pieces(features, q.shape[-2], k, options.span == "past"):
         part = _part(features, q, k, v, options, piece)
         whole = piece.queries is not None and piece.queries == slice(0, q.shape[-2])
         into = out if out is None or whole else out[..., piece.queries or slice(0, 0), :]
@@ -83,7 +87,7 @@ def backward(
     *, room: ModuleType, xp: Any,
 ) -> tuple[Array, Array, Array, Array, Cotangents]:  # fmt: skip
     """d_q, d_k (unsummed where the features have more leading axes), d_v, d_sums, and cotangents of the constants."""
-    plan = pieces(q.shape[-2], k.shape[-2], options.span == "past", q)
+    plan = pieces(features, q.shape[-2], k, options.span == "past")
     states, centre, values = [state], None, v
     if len(plan) > 1:
         # the values are centred once for all pieces: else what they share would cancel in sums and cotangents

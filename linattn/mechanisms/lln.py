@@ -173,10 +173,10 @@ class LLN(Scaled, LogFeatureAttention):
         return found.alpha, found.beta
 
     def _log_q(self, q: Array, constants: tuple[Array, Array], call: Call) -> Array:
-        return _arrays.row_major(constants[0] * _arrays.cast(q, _arrays.wide(q, call.xp), call.xp))
+        return _arrays.row_major(constants[0] * q)  # in the dtype of the constant, the widest
 
     def _log_k(self, k: Array, constants: tuple[Array, Array], call: Call) -> Array:
-        return _arrays.row_major(constants[1] * _arrays.cast(k, _arrays.wide(k, call.xp), call.xp))
+        return _arrays.row_major(constants[1] * k)
 
     def _log_q_vjp(self, d_lq: Array, q: Array, constants: tuple[Array, Array], call: Call) -> tuple[Array, Any]:
         """lq = alpha q: d_q = alpha d_lq, d_alpha = sum d_lq q."""
@@ -193,10 +193,11 @@ class LLN(Scaled, LogFeatureAttention):
         return self.alpha is None and self.statistics == "differentiated"
 
     def _scaled_vjp(self, d_log: Array, x: Array, scale: Array, xp: Any) -> tuple[Array, Any]:
-        d_log = _arrays.cast(d_log, scale.dtype, xp)
+        d_x = scale * d_log
         if not self._differentiates:
-            return scale * d_log, None
-        return scale * d_log, _arrays.unbroadcast(d_log * _arrays.cast(x, scale.dtype, xp), tuple(scale.shape), xp)
+            return d_x, None
+        d_log, x = (_arrays.cast(y, scale.dtype, xp) for y in (d_log, x))
+        return d_x, _arrays.unbroadcast(d_log * x, tuple(scale.shape), xp)
 
     def _constants_vjp(
         self, d_constants: Any, q: Array, k: Array, constants: tuple[Array, Array], call: Call

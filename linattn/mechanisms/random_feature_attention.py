@@ -14,6 +14,8 @@ import math
 import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from linattn import _arrays
 from linattn._arrays import Array
 from linattn.engines import kernels, linear
@@ -64,7 +66,8 @@ class RandomFeatureAttention(LogFeatureAttention):
     def _moved(self, q: Array, side: str, constants: Constants, call: Call) -> Array:
         """x' = A x or y' = A^-T (y - c)."""
         xp = call.xp
-        x = _arrays.row_major(math.sqrt(self._scale(q)) * _arrays.cast(q, _arrays.wide(q, xp), xp))
+        factor = _arrays.constant(np.full((1, 1), math.sqrt(self._scale(q))), q, xp)
+        x = _arrays.row_major(factor * q)  # in the dtype of the factor, the widest
         if side == "k" and constants.c is not None:
             x = x - constants.c
         turn = constants.a_t if side == "q" else constants.inverse
@@ -108,7 +111,9 @@ class RandomFeatureAttention(LogFeatureAttention):
         """W' y' + b - |y'|^2 / 2; a norm that is not finite would drop the key silently, so it is NaN."""
         half = xp.sum(y * y, axis=-1, keepdims=True, dtype=y.dtype) / 2
         half = xp.where(xp.isfinite(half), half, xp.full_like(half, math.nan))
-        return self._projected(y, constants, xp) - half
+        u = self._projected(y, constants, xp)
+        u -= half  # in the memory of u, of which there is much
+        return u
 
     def _log_eps(self, like: Array, xp: Any) -> Array:
         return xp.full_like(like, math.log(self.eps or 1.0))

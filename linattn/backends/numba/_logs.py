@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 
+from llvmlite import ir
 from numba import types
 
 from ._jit import helper
-from ._maps import BIAS, LOG2E, MANTISSA, exp
+from ._maps import BIAS, LOG2E, MANTISSA, exp_near_0
 from ._rows import scale_rows
-from ._vector import I64, Emitter, operation, rowwise
+from ._vector import I32, I64, Emitter, operation, rowwise
 
 __all__ = [
     "NONE", "cotangent_rows", "excess_rows", "head_room", "key_rows", "multiply_rows", "multiply_rows_add", "none_rows",
@@ -54,30 +55,29 @@ def _power(v, n):
 
 
 def _rounded(v, x):
-    """Of logarithms x: float64's arithmetic, x in it, which are usable, x or 0, x / ln 2 rounded, and as an integer."""
+    """Of logarithms x: float64's arithmetic, x in it, which are usable, x / ln 2 rounded, and as an integer."""
     w = Emitter(v.context, v.b, types.float64, v.lanes)
     if x.type != w.type:
         x = v.b.fpext(x, w.type)
     usable = w.compare(w.as_real(w.size_of(x)), "<", w.const(LIMIT))
-    y = w.where(usable, x, w.zero)
     magic = w.const(1.5 * 2.0**ROUNDING)
-    moved = w.fma(y, w.const(LOG2E), magic)
-    whole = v.b.sub(w.as_int(moved), w.as_int(magic))
-    if v.bits < w.bits:
-        whole = v.b.trunc(whole, v.whole)
-    return w, x, usable, y, w.sub(moved, magic), v.b.select(usable, whole, v.int_const(NONE))
+    n = w.sub(w.fma(x, w.const(LOG2E), magic), magic)
+    whole = v.b.fptosi(n, ir.VectorType(I32, v.lanes) if v.lanes > 1 else I32)  # no number where x is not usable
+    if v.bits > 32:
+        whole = v.b.sext(whole, v.whole)
+    return w, x, usable, n, v.b.select(usable, whole, v.int_const(NONE))
 
 
 def _split(v, x):
     """f and n."""
-    w, x, usable, r, n, whole = _rounded(v, x)
+    w, x, usable, n, whole = _rounded(v, x)
+    r = x
     for part in LN2_PARTS:
         r = w.fma(n, w.const(-part), r)
     if v.bits < w.bits:
         r = v.b.fptrunc(r, v.type)
     zero = w.compare(x, "==", w.const(-math.inf))
-    other = v.where(zero, v.zero, v.const(math.nan))
-    return v.where(usable, exp(v, r), other), v.as_real(whole)
+    return v.where(usable, exp_near_0(v, r), v.where(zero, v.zero, v.const(math.nan))), v.as_real(whole)
 
 
 def _larger(v, n, m):

@@ -7,7 +7,7 @@ import struct
 from ._jit import helper
 from ._vector import I64, operation, rowwise
 
-__all__ = ["MAPS", "exp", "identity_rows", "map_rows", "row_powers", "unmap_rows", "unmap_rows_add"]
+__all__ = ["MAPS", "exp", "exp_near_0", "identity_rows", "map_rows", "row_powers", "unmap_rows", "unmap_rows_add"]
 
 IDENTITY, RELU, ELU1 = 0, 1, 2
 MAPS = {"identity": IDENTITY, "relu": RELU, "elu1": ELU1}
@@ -33,6 +33,14 @@ def _bits(number, width):
     return struct.unpack(as_int, struct.pack(code, number))[0]
 
 
+def exp_near_0(v, r):
+    """exp(r) where |r| <= ln 2 / 2, or little more."""
+    *lower, p = (v.const(c) for c in POLYNOMIALS[v.bits])
+    for c in reversed(lower):
+        p = v.fma(p, r, c)
+    return v.add(v.fma(v.mul(r, r), p, r), v.one)
+
+
 def exp(v, x):
     """exp(x) without a call or a branch. exp(inf) = inf, exp(-inf) = 0, NaN stays NaN; worst error below 1.5 ulp.
 
@@ -50,10 +58,7 @@ def exp(v, x):
     r = held
     for part in LN2[v.bits]:
         r = v.fma(n, v.const(-part), r)
-    *lower, p = (v.const(c) for c in POLYNOMIALS[v.bits])
-    for c in reversed(lower):
-        p = v.fma(p, r, c)
-    p = v.add(v.fma(v.mul(r, r), p, r), v.one)
+    p = exp_near_0(v, r)
 
     twice = b.sub(v.as_int(moved), v.int_const(_bits(magic, v.bits) - 2 * bias))  # n + 2 bias > 0
     half = b.lshr(twice, v.int_const(1))
