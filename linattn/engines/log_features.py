@@ -55,9 +55,7 @@ def pieces(features: LogFeatures, n_queries: int, k: Array, causal: bool) -> lis
         size *= max(1, MANY // max(1, features.log_k(k[..., :0, :]).shape[-1]))
     if max(n_queries, n_keys) <= size or _arrays.library(k) not in ROOM_OF:
         return [Piece(slice(0, n_queries), slice(0, n_keys))]
-    of_queries, of_keys = (
-        [slice(a, min(a + size, n)) for a in range(0, max(n, 1), size)] for n in (n_queries, n_keys)
-    )
+    of_queries, of_keys = ([slice(a, min(a + size, n)) for a in range(0, max(n, 1), size)] for n in (n_queries, n_keys))
     if causal:
         return [Piece(a, b) for a, b in zip(of_queries, of_keys, strict=True)]
     return [*(Piece(None, b) for b in of_keys), *(Piece(a, None) for a in of_queries)]
