@@ -86,22 +86,30 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def in_cache(seconds: float) -> dict[str, float]:
-    """Shares of the multiply-add peak on one core: one head, data in cache; and from memory. Best of many."""
+    """Shares of one core's multiply-add peak: one head, data in cache; and from memory. Medians of many calls."""
     peak, flops = limits.peak_job()
     jobs: dict[Any, Any] = {"peak": peak}
     work = {}
-    for where, heads, n_tokens in (("cache", 1, 2048), ("memory", 8, 8192)):
-        *args, d_out = draw(heads, n_tokens, CHANNELS)
-        attend, out = la.Linear("relu"), np.empty_like(args[2])
-        grads = tuple(np.empty_like(x) for x in args)
-        backward = attend.vjp(*args, causal=True)[1]
-        jobs[where, "forward"] = lambda a=attend, x=args, o=out: a(*x, causal=True, out=o)
-        jobs[where, "backward"] = lambda b=backward, d=d_out, g=grads: b(d, out=g)
-        for job, each in (("forward", 4), ("backward", 12)):
-            work[where, job] = heads * n_tokens * each * CHANNELS**2
-    found = medians(jobs, seconds, clock=time.process_time, least=20)
+    d, r = CHANNELS, 256
+    # operations a token; Performer's projections are in float64, whose operations count twice
+    mechanisms = {
+        "linear": (la.Linear("relu"), 4 * d * d, 12 * d * d),
+        "cosFormer": (la.CosFormer(length=2**14), 8 * d * d, 24 * d * d),
+        "LLN": (la.LLN(alpha=2.2, beta=2.2), 4 * d * d, 12 * d * d),
+        "Performer, 256 features": (la.Performer(r), (4 + 8) * r * d, (12 + 16) * r * d),
+    }
+    for name, (attend, forward, backward) in mechanisms.items():
+        for where, heads, n_tokens in (("cache", 1, 2048), ("memory", 8, 8192)):
+            *args, d_out = draw(heads, n_tokens, d)
+            out, grads = np.empty_like(args[2]), tuple(np.empty_like(x) for x in args)
+            back = attend.vjp(*args, causal=True)[1]
+            jobs[name, where, "forward"] = lambda a=attend, x=args, o=out: a(*x, causal=True, out=o)
+            jobs[name, where, "backward"] = lambda b=back, g=d_out, o=grads: b(g, out=o)
+            for job, each in (("forward", forward), ("backward", backward)):
+                work[name, where, job] = heads * n_tokens * each
+    found = medians(jobs, seconds, clock=time.process_time, least=5)
     rate = flops / found["peak"]
-    return {f"{where}, {job}": n / found[where, job] / rate for (where, job), n in work.items()}
+    return {", ".join(key): n / found[key] / rate for key, n in work.items()}
 
 
 def threads(seconds: float) -> dict[str, float]:
@@ -171,13 +179,14 @@ def main() -> None:
         "versions": info.versions() | info.versions_of("pytorch-fast-transformers", "performer-pytorch"),
         "lengths": lengths(0.7 * s),
         "step": steps.measure_steps(0.05 * s),
+        "step profile": steps.step_profile(0.02 * s),
         "peak": in_cache(0.1 * s),
         "threads": threads(0.15 * s),
         "memory": memory_table(),
         "long": long_sequence() if torch else {},
         "missing": missing,
     }
-    for name in ("step", "peak", "threads", "long"):
+    for name in ("step", "step profile", "peak", "threads", "long"):
         print(f"\n{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in report[name].items()))
     print("\npeak memory at 8192 tokens, in sizes of one input:")
     for row in report["memory"]:

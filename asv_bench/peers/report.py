@@ -50,9 +50,14 @@ def report_as_rst(report: dict[str, Any]) -> str:
             [[name, f"{t:.0f}"] for name, t in report["step"].items()],
         ),
         table(
+            "Where the microseconds of our step are",
+            ["", "microseconds"],
+            [[name, f"{t:.0f}"] for name, t in report["step profile"].items()],
+        ),
+        table(
             "Share of one core's multiply-add peak, measured in the same run",
-            ["data, and what", "share"],
-            [[name, f"{share:.0%}"] for name, share in report["peak"].items()],
+            ["engine", "data", "direction", "share"],
+            [[*name.rsplit(", ", 2), f"{share:.0%}"] for name, share in report["peak"].items()],
         ),
         table(
             "Two threads over one, forward and backward",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 import linattn as la
+from linattn.backends.numba import linear as room
 
 from .contenders import missing
 from .timing import medians
 
-__all__ = ["measure_steps"]
+__all__ = ["measure_steps", "step_profile"]
 
-HEADS, CHANNELS, TOKENS = 8, 64, 64
+HEADS, CHANNELS, TOKENS, TIMES = 8, 64, 64, 20
 
 
 def ours(q, k, v):
@@ -67,6 +70,17 @@ def torch_step(q, k, v):
     return np.stack(outs, 1), lambda: step(sums, total, *one)
 
 
+def microseconds(jobs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Medians of many calls. No result is kept: a decoding loop lets go of the state before."""
+
+    def repeated(job):
+        for _ in range(TIMES):
+            job()
+
+    runs = {name: lambda job=job: repeated(job) for name, job in jobs.items()}
+    return {name: t / TIMES * 1e6 for name, t in medians(runs, seconds, clock=time.perf_counter).items()}
+
+
 def measure_steps(seconds: float) -> dict[str, float]:
     """Microseconds a token of each that agrees with ours."""
     rng = np.random.default_rng(0)
@@ -80,5 +94,39 @@ def measure_steps(seconds: float) -> dict[str, float]:
             continue
         first = out if first is None else first
         if float(np.max(np.abs(out - first))) <= 1e-3:
-            jobs[name] = lambda job=job: [job() for _ in range(20)]
-    return {name: t / 20 * 1e6 for name, t in medians(jobs, seconds, clock=time.perf_counter).items()}
+            jobs[name] = job
+    return microseconds(jobs, seconds)
+
+
+def step_profile(seconds: float) -> dict[str, float]:
+    """Microseconds of a step of ours in its kernel, in what the room does around it, and in the checks before."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, HEADS, 1, CHANNELS)).astype("float32")
+    attend = la.Linear("relu")
+    _, state = attend.step(q, k, v, attend.init_state(k, v))
+    sums, rest = (np.empty_like(x) for x in state.arrays)
+    out, den = np.empty_like(v), np.empty(v.shape[:-1], v.dtype)
+    options = {"feature_map": "relu", "span": "past", "normalize": True, "eps": "safe"}
+    kind = room.kind_of(q.dtype)
+    known = [room.described(x) for x in (q, k, v)]
+    plan = room.layout(kind.real.itemsize, *known, *[None] * 4, *options.values(), False)
+    arrays = room.operands(q, k, v, tuple(state.arrays), None, None, kind)
+    made = [x.reshape(-1) for x in (out, den, sums, rest)]
+    kernel, work = room.kernel("forward", q.dtype), room.scratch(kind.real, plan.scratch)
+
+    def inside():
+        kernel(*arrays, *made, work, plan.heads.table, plan.dims, plan.eps, 0, HEADS, 0, plan.slices)
+
+    def around():
+        room.forward(q, k, v, tuple(state.arrays), **options, turns=None, key_mask=None, out=None, xp=np)
+
+    inside()
+    if not np.array_equal(out, attend.step(q, k, v, state)[0]):
+        raise AssertionError("the kernel alone must give what a step gives, got other bits.")
+    runs = {"kernel": inside, "room": around, "step": lambda: attend.step(q, k, v, state)}
+    found = microseconds(runs, seconds)
+    return {
+        "compiled kernel": found["kernel"],
+        "result arrays, layout, call of the kernel": found["room"] - found["kernel"],
+        "checks, state, closure of the VJP": found["step"] - found["room"],
+    }
