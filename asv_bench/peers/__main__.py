@@ -112,6 +112,14 @@ def in_cache(seconds: float) -> dict[str, float]:
     return {", ".join(key): n / found[key] / rate for key, n in work.items()}
 
 
+def costs(seconds: float) -> dict[str, float]:
+    """The sweep with a compensated state over the sweep with plain sums; nanoseconds to write 256 bytes of a result."""
+    pages, n_bytes = limits.page_jobs()
+    found = medians(limits.state_jobs() | pages, seconds, clock=time.process_time, least=20)
+    row = {name: found[name] / n_bytes * 256 * 1e9 for name in pages}
+    return {"compensated": found["compensated"] / found["plain"]} | row
+
+
 def threads(seconds: float) -> dict[str, float]:
     """How many times faster two threads are than one; wall time, so it asks for a quiet machine."""
     ratios = {}
@@ -181,12 +189,13 @@ def main() -> None:
         "step": steps.measure_steps(0.05 * s),
         "step profile": steps.step_profile(0.02 * s),
         "peak": in_cache(0.1 * s),
+        "costs": costs(0.03 * s),
         "threads": threads(0.15 * s),
         "memory": memory_table(),
         "long": long_sequence() if torch else {},
         "missing": missing,
     }
-    for name in ("step", "step profile", "peak", "threads", "long"):
+    for name in ("step", "step profile", "peak", "costs", "threads", "long"):
         print(f"\n{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in report[name].items()))
     print("\npeak memory at 8192 tokens, in sizes of one input:")
     for row in report["memory"]:
