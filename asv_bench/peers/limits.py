@@ -62,19 +62,15 @@ def _advance_plainly(v, sizes, memories):
     s += a_t c_t, o_t = b_t . s token by token: a state of plain sums, which loses digits as it grows.
     """
     (n_blocks, slices, rows, step), ((bb, ldb), (aa, lda), (cc, ldc), (ss, lds), (oo, ldo)) = sizes, memories
-    b, n_tokens, vectors = v.b, TILE.tokens, range(TILE.vectors)
+    b, tokens, vectors = v.b, range(TILE.tokens), range(TILE.vectors)
     columns = TILE.vectors * v.lanes
 
     def block(n, i):
-        first, column = b.mul(i, I64(n_tokens)), b.mul(n, I64(columns))
+        first, column = b.mul(i, I64(TILE.tokens)), b.mul(n, I64(columns))
         here = ss.behind(b.mul(n, step))
-        left, right = (
-            [m.behind(b.mul(first, stride), (t, stride)) for t in range(n_tokens)]
-            for m, stride in ((bb, ldb), (aa, lda))
-        )
-        value = [
-            [cc.load(v, b.mul(first, ldc), column, (t, ldc), k * v.lanes) for k in vectors] for t in range(n_tokens)
-        ]
+        left = [bb.behind(b.mul(first, ldb), (t, ldb)) for t in tokens]
+        right = [aa.behind(b.mul(first, lda), (t, lda)) for t in tokens]
+        value = [[cc.load(v, b.mul(first, ldc), column, (t, ldc), k * v.lanes) for k in vectors] for t in tokens]
 
         def body(x, acc):
             state = [here.load(v, b.mul(x, lds), k * v.lanes) for k in vectors]
@@ -87,7 +83,7 @@ def _advance_plainly(v, sizes, memories):
                 here.store(v, state[k], b.mul(x, lds), k * v.lanes)
             return acc
 
-        acc = v.loop(I64(0), rows, 1, [v.zero] * (n_tokens * len(vectors)), body)
+        acc = v.loop(I64(0), rows, 1, [v.zero] * (len(tokens) * len(vectors)), body)
         for t in tokens:
             for k in vectors:
                 oo.store(v, acc[t * len(vectors) + k], b.mul(first, ldo), column, (t, ldo), k * v.lanes)
