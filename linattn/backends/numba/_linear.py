@@ -10,36 +10,43 @@ Scratch rows are padded with zeros: Fp, Ep are F and E up to whole slices.
 
 from __future__ import annotations
 
-from ._jit import helper
-from ._layout import ADD, CLAMP, SAFE
+from ._layout import SAFE
 from ._maps import map_rows, row_powers, unmap_rows, unmap_rows_add
 from ._products import PAIRS, advance, pairs, pairs_back, product, product_add, retreat, settle
+from ._prologues import den_cotangents, divisors, features, fill_up, hide, hide_part, query_features
 from ._rows import (
     add_later,
     add_rows,
     add_seen,
     centre_rows,
-    centre_state,
     clear_rows,
     collect,
     collect_weighted,
     copy_rows,
     divide_rows,
-    mean_rows,
     row_dots,
     scale_rows_add,
     step,
-    transpose,
     turn_rows,
     unturn_rows,
+)
+from ._states import (
+    load_centred,
+    load_cotangent,
+    load_state,
+    rows_of,
+    rows_of_state,
+    store_cotangent,
+    store_state,
+    transpose_state,
+    visible_mean,
 )
 from ._tiles import CHUNK, SETTLE, TILE
 from ._vector import behind, pointer, select_pointer, stored_alike
 
 __all__ = ["D_K", "D_Q", "D_V", "backward_kernel", "forward_kernel", "scratch_size"]
 
-T, NV, ROWS, N_BYTES = TILE.tokens, TILE.vectors, TILE.rows, TILE.n_bytes
-BLOCK = T * ROWS  # a ragged chunk is filled up to whole blocks of either tile
+T, NV, N_BYTES = TILE.tokens, TILE.vectors, TILE.n_bytes
 W_SIZE = CHUNK // T * PAIRS
 D_Q, D_V, D_K = 1, 2, 4  # what a call of the backward kernel makes
 
@@ -49,206 +56,6 @@ def scratch_size(n_features: int, n_values: int, columns: int) -> int:
     features, values = (max(1, -(-n // columns)) * columns for n in (n_features, n_values))
     states = 2 * columns * (features // columns * rows_of(n_values) + values // columns * rows_of(n_features))
     return CHUNK * (3 * features + 3 * values + 5) + states + 5 * features + 2 * values + W_SIZE
-
-
-@helper
-def rows_of_state(n):
-    """Rows a slice of a state has: whole tiles of matrix products."""
-    return (n + ROWS - 1) // ROWS * ROWS
-
-
-rows_of = rows_of_state.py_func
-
-
-# -- prologues --------------------------------------------------------------------------------------------------
-
-
-@helper
-def fill_up(count, padded, x):
-    """Zero the rows behind a ragged chunk that blocks and tiles still read."""
-    clear_rows(min(CHUNK, count + BLOCK) - count, padded, x, count * padded, padded)
-
-
-@helper
-def features(x, at, stride, count, D, F, Fp, which, turns, turn_at, turn_stride, phi):
-    """phi[t] = turn[t] (x) map(x[t]) for a chunk."""
-    map_rows(which, count, D, x, at, stride, phi, Fp)
-    if F > D:
-        turn_rows(count, D, turns, turn_at, turn_stride, turns, turn_at + 1, turn_stride,
-                  phi, 0, Fp, phi, 0, Fp, phi, D, Fp)  # fmt: skip
-    fill_up(count, Fp, phi)
-
-
-@helper
-def query_features(x, at, stride, count, D, F, Fp, which, scaled, turns, turn_at, turn_stride, phi, power):
-    """The same, each row scaled by a power of two, which cancels in the ratio."""
-    map_rows(which, count, D, x, at, stride, phi, Fp)
-    if scaled:
-        row_powers(count, D, phi, 0, Fp, power, 0, 1)
-    if F > D:
-        turn_rows(count, D, turns, turn_at, turn_stride, turns, turn_at + 1, turn_stride,
-                  phi, 0, Fp, phi, 0, Fp, phi, D, Fp)  # fmt: skip
-    fill_up(count, Fp, phi)
-
-
-@helper
-def hide_part(mask, at, stride, count, width, x, x_at, x_stride):
-    """Rows of keys nobody sees are zero: chosen away, not multiplied."""
-    for t in range(count):
-        if not mask[at + t * stride]:
-            clear_rows(1, width, x, x_at + t * x_stride, 0)
-
-
-@helper
-def hide(mask, at, stride, count, x, padded):
-    """The same for whole rows of scratch."""
-    hide_part(mask, at, stride, count, padded, x, 0, padded)
-
-
-# -- the divisor ------------------------------------------------------------------------------------------------
-
-
-@helper
-def divisors(den, at, count, mode, eps, c):
-    """c[t] = c(den). An infinite den makes NaN: finite numerators over it would be 0, a wrong finite number."""
-    for t in range(count):
-        d = den[at + t]
-        if mode == CLAMP:
-            d = eps if d < eps else d
-        elif mode == ADD:
-            d = d + eps
-        c[t] = d + (d - d)
-
-
-@helper
-def den_cotangents(dots, den, at, count, mode, eps, shifts, c, h):
-    """h = (-c' D + (g . mu)(1 - c' den / c)) / c with D = phi . dq~ in `dots`, (g / c) . mu in `shifts`."""
-    for t in range(count):
-        if c[t] == 0:
-            h[t] = c[t]
-        elif mode == CLAMP and den[at + t] < eps:
-            h[t] = shifts[t]
-        elif mode == ADD:
-            h[t] = (shifts[t] * eps - dots[t]) / c[t]
-        else:
-            h[t] = -dots[t] / c[t]
-
-
-# -- states -----------------------------------------------------------------------------------------------------
-
-
-@helper
-def load_state(sums, rest, at, column, E_all, F, E, E1, cols, S, ZE, Fp):
-    """[S | E] of E columns from (sums, rest); the last column of all, if it is the denominators', to z and e."""
-    S_rows = rows_of_state(F)
-    for x in range(0, E, cols):
-        place, there = x // cols * S_rows * 2 * cols, at + column + x
-        clear_rows(S_rows, 2 * cols, S, place, 2 * cols)
-        copy_rows(F, min(cols, E - x), sums, there, E1, S, place, 2 * cols)
-        copy_rows(F, min(cols, E - x), rest, there, E1, S, place + cols, 2 * cols)
-    clear_rows(2, Fp, ZE, 0, Fp)
-    if E_all < E1:
-        for f in range(F):
-            ZE[f] = sums[at + f * E1 + E_all]
-            ZE[Fp + f] = rest[at + f * E1 + E_all]
-
-
-@helper
-def store_state(S, ZE, column, E_all, F, E, E1, cols, Fp, sums, rest, at):
-    S_rows = rows_of_state(F)
-    for x in range(0, E, cols):
-        place, there = x // cols * S_rows * 2 * cols, at + column + x
-        copy_rows(F, min(cols, E - x), S, place, 2 * cols, sums, there, E1)
-        copy_rows(F, min(cols, E - x), S, place + cols, 2 * cols, rest, there, E1)
-    if E_all < E1 and column == 0:
-        for f in range(F):
-            sums[at + f * E1 + E_all] = ZE[f]
-            rest[at + f * E1 + E_all] = ZE[Fp + f]
-
-
-@helper
-def load_centred(sums, rest, at, F, E, E1, cols, mu, S, ZE, Fp, Ep, room):
-    """The state's transpose with centred values, S_num^T - mu S_den: rows E, columns F. `room` for F rows of Ep."""
-    S_rows = rows_of_state(E)
-    clear_rows(Fp // cols * S_rows, 2 * cols, S, 0, 2 * cols)
-    clear_rows(2, Fp, ZE, 0, Fp)
-    den = behind(room, F * Ep)
-    for f in range(F):
-        if E < E1:
-            ZE[f] = sums[at + f * E1 + E]
-            ZE[Fp + f] = rest[at + f * E1 + E]
-        den[f] = ZE[f] + ZE[Fp + f]
-    centre_state(F, E, den, 0, 1, sums, at, E1, rest, at, E1, mu, 0, 0, room, 0, Ep)
-    for f in range(0, F, cols):
-        transpose(min(cols, F - f), E, room, f * Ep, Ep, S, f // cols * S_rows * 2 * cols, 2 * cols)
-
-
-@helper
-def transpose_state(S, F, E, Fp, cols, out):
-    """rows F, columns E -> rows E, columns F"""
-    S_rows, out_rows = rows_of_state(F), rows_of_state(E)
-    clear_rows(Fp // cols * out_rows, 2 * cols, out, 0, 2 * cols)
-    for f in range(0, F, cols):
-        n = min(cols, F - f)
-        for x in range(0, E, cols):
-            here, there = (x // cols * S_rows + f) * 2 * cols, (f // cols * out_rows + x) * 2 * cols
-            for part in (0, cols):
-                transpose(n, min(cols, E - x), S, here + part, 2 * cols, out, there + part, 2 * cols)
-
-
-@helper
-def load_cotangent(d_state, given, at, F, E, E1, Ep, cols, mu, X, ZE, Fp):
-    """X from the cotangent of the outgoing state; r = X_den + X_num mu."""
-    X_rows = rows_of_state(F)
-    clear_rows(Ep // cols * X_rows, 2 * cols, X, 0, 2 * cols)
-    clear_rows(2, Fp, ZE, 0, Fp)
-    if given:
-        for x in range(0, E, cols):
-            copy_rows(F, min(cols, E - x), d_state, at + x, E1, X, x // cols * X_rows * 2 * cols, 2 * cols)
-        if E < E1:
-            for f in range(F):
-                total = d_state[at + f * E1 + E]
-                for x in range(E):
-                    total += d_state[at + f * E1 + x] * mu[x]
-                ZE[f] = total
-
-
-@helper
-def store_cotangent(X, F, E, E1, cols, mu, zero, d_state, at, add):
-    """The cotangent of the incoming state: X, its last column -X_num mu without r; later heads of a group add."""
-    X_rows = rows_of_state(F)
-    if add:
-        for x in range(0, E, cols):
-            place, width = x // cols * X_rows * 2 * cols, min(cols, E - x)
-            add_rows(F, width, X, place, 2 * cols, d_state, at + x, E1, d_state, at + x, E1)
-    else:
-        for x in range(0, E, cols):
-            place, width = x // cols * X_rows * 2 * cols, min(cols, E - x)
-            copy_rows(F, width, X, place, 2 * cols, d_state, at + x, E1)
-    if E < E1:
-        for f in range(F):
-            total = zero
-            for x in range(E):
-                total -= X[(x // cols * X_rows + f) * 2 * cols + x % cols] * mu[x]
-            p = at + f * E1 + E
-            d_state[p] = d_state[p] + total if add else total
-
-
-@helper
-def visible_mean(v, at, stride, M, E, mask, mask_at, mask_stride, masked, share, mu):
-    """The mean over visible, finite values; any finite number would do. `share` has room for a chunk."""
-    clear_rows(1, E, mu, 0, E)
-    seen = M
-    if masked:
-        seen = 0
-        for s in range(M):
-            seen += mask[mask_at + s * mask_stride]
-    part = 1.0 / max(seen, 1)
-    for b in range(0, M, CHUNK):
-        count = min(CHUNK, M - b)
-        for s in range(count):
-            share[s] = part if not masked or mask[mask_at + (b + s) * mask_stride] else 0.0
-        mean_rows(count, E, share, 0, 1, v, at + b * stride, stride, mu, 0, 0, mu, 0, 0)
 
 
 # -- forward ----------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 
 from ._jit import helper
-from ._linear import hide, hide_part, visible_mean
 from ._maps import exp
 from ._products import product, product_add, settle
+from ._prologues import hide, hide_part
 from ._rows import add_rows, centre_rows, clear_rows, copy_rows, divide_rows, scale_rows, scale_rows_add, transpose
+from ._states import visible_mean
 from ._tiles import TILE
 from ._vector import I64, behind, operation, pointer, rowwise, select_pointer, stored_alike
 
