@@ -136,18 +136,43 @@ collect = _make_running(False, False, False)  # e += sum a[t]
 collect_weighted = _make_running(True, False, False)  # e += sum h[t] a[t]
 
 
+def _turned(v, rows):
+    """The transpose of `lanes` vectors: halves of pairs exchanged, then quarters, down to single numbers."""
+    rows, lanes = list(rows), range(v.lanes)
+    far = v.lanes // 2
+    while far:
+        for i in (i for i in lanes if not i & far):
+            a, b = rows[i], rows[i + far]
+            rows[i] = v.shuffle(a, b, [x + v.lanes - far if x & far else x for x in lanes])
+            rows[i + far] = v.shuffle(a, b, [x + v.lanes if x & far else x + far for x in lanes])
+        far //= 2
+    return rows
+
+
 @operation
 def transpose(v, sizes, memories):
-    """transpose(count, width, x, out): out[i][t] = x[t][i], number by number."""
+    """transpose(count, width, x, out): out[i][t] = x[t][i], squares of vectors first, then single numbers."""
     count, width = sizes
     (xx, x_stride), (oo, o_stride) = memories
-    one = v.single()
+    b, one = v.b, v.single()
+    whole_count, whole_width = (b.sub(n, b.and_(n, I64(v.lanes - 1))) for n in sizes)
 
-    def row(t, _):
-        start = v.b.mul(t, x_stride)
-        v.loop(I64(0), width, 1, [], lambda i, _: oo.store(one, xx.load(one, start, i), v.b.mul(i, o_stride), t))
+    def square(t, i):
+        x_start, o_start = b.mul(t, x_stride), b.mul(i, o_stride)
+        rows = _turned(v, [xx.load(v, x_start, i, (n, x_stride)) for n in range(v.lanes)])
+        for n, row in enumerate(rows):
+            oo.store(v, row, o_start, t, (n, o_stride))
 
-    v.loop(I64(0), count, 1, [], row)
+    def numbers(t, first):
+        start = b.mul(t, x_stride)
+        v.loop(first, width, 1, [], lambda i, _: oo.store(one, xx.load(one, start, i), b.mul(i, o_stride), t))
+
+    def rows(t, _):
+        v.loop(I64(0), whole_width, v.lanes, [], lambda i, _: square(t, i))
+
+    v.loop(I64(0), whole_count, v.lanes, [], rows)
+    v.loop(I64(0), whole_count, 1, [], lambda t, _: numbers(t, whole_width))
+    v.loop(whole_count, count, 1, [], lambda t, _: numbers(t, I64(0)))
 
 
 @operation

@@ -125,16 +125,17 @@ product_sum = _columnwise(0, 1, _product_sum)
 
 
 @helper
-def transposed(x, count, width, padded, out):
-    """out[r, t] = x[t, r]; tokens missing at the end of a tile are zero."""
-    clear_rows(width, SIDE, out, 0, SIDE)
+def transposed(x, count, width, padded, wide, out):
+    """out[r, t] = x[t, r]; tokens missing in the last slice of a tile are zero. wide: count up to whole slices."""
+    if wide > count:
+        clear_rows(width, wide - count, out, count, SIDE)
     transpose(count, width, x, 0, padded, out, 0, SIDE)
 
 
 @helper
-def scores(a, a_at, a_stride, count, b, width, cols, out):
+def scores(a, a_at, a_stride, count, b, width, wide, cols, out):
     """out[m, :] = a[m] . b[:, :], b transposed."""
-    product(width, a_stride, count, SIDE // cols, cols, cols, a, a_at, 1, b, 0, SIDE, out, 0, SIDE)
+    product(width, a_stride, count, wide // cols, cols, cols, a, a_at, 1, b, 0, SIDE, out, 0, SIDE)
 
 
 @helper
@@ -216,8 +217,9 @@ def forward_kernel(salt):
             k_at, v_at, mask_at = table[i, 4], table[i, 5], table[i, 6]
             for c in range(0, N, SIDE):
                 n = min(SIDE, N - c)
+                wide = (n + cols - 1) // cols * cols
                 scale_rows(n, D, constants, 1, 0, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
-                transposed(Q, n, D, Dp, QT)
+                transposed(Q, n, D, Dp, wide, QT)
                 clear_rows(SIDE, 2 * Ep, Y, 0, 2 * Ep)
                 clear_rows(1, 2 * SIDE, total, 0, 0)
                 fill_rows(1, SIDE, constants, 0, 0, top, 0, 0)
@@ -236,18 +238,18 @@ def forward_kernel(salt):
                     values_at, values_stride = (v_at + b * v_stride, v_stride) if direct_v else (0, Ep)
                     if masked:
                         hide(mask, mask_at + b * mask_stride, mask_stride, m, V, Ep)
-                    scores(keys, keys_at, keys_stride, m, QT, D, cols, P)
+                    scores(keys, keys_at, keys_stride, m, QT, D, wide, cols, P)
                     if masked or ahead < m - 1:
                         for s in range(m):
                             blind = n if hidden(mask, mask_at, mask_stride, b + s, masked) else min(n, s - ahead)
                             if blind > 0:
                                 fill_rows(1, blind, constants, 0, 0, P, s * SIDE, 0)
                     copy_rows(1, SIDE, top, 0, 0, base, 0, 0)
-                    largest(m, SIDE, P, 0, SIDE, top, 0, 0)
+                    largest(m, wide, P, 0, SIDE, top, 0, 0)
                     shift_rows(1, SIDE, base, 0, 0, top, 0, 0, base, 0, 0, factor, 0, 0)
                     multiply_rows(2, SIDE, total, 0, SIDE, factor, 0, 0, total, 0, SIDE)
                     rescale_rows(n, 2 * Ep, factor, 0, 1, Y, 0, 2 * Ep)
-                    exp_sum(m, SIDE, P, 0, SIDE, base, 0, 0, total, SIDE, 0)
+                    exp_sum(m, wide, P, 0, SIDE, base, 0, 0, total, SIDE, 0)
                     add_seen(P, n, m, ahead, seen_values, values_at, values_stride, Ep, cols, Y)
                     if b // SIDE % SETTLED_TILES == SETTLED_TILES - 1:
                         settle(SIDE, Ep // lanes, Y, 0, 2 * Ep)
@@ -324,10 +326,11 @@ def backward_kernel(salt):
 
             for c in range(0, N, SIDE):
                 n = min(SIDE, N - c)
+                wide = (n + cols - 1) // cols * cols
                 scale_rows(n, D, constants, 1, 0, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
-                transposed(Q, n, D, Dp, QT)
+                transposed(Q, n, D, Dp, wide, QT)
                 copy_rows(n, E, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
-                transposed(G, n, E, Ep, GT)
+                transposed(G, n, E, Ep, wide, GT)
                 clear_rows(2 * SIDE, 2 * Dp, Y, 0, 2 * Dp)
                 clear_rows(1, 4 * SIDE, total, 0, 0)
                 fill_rows(1, SIDE, constants, 0, 0, top, 0, 0)
@@ -344,8 +347,8 @@ def backward_kernel(salt):
                     if masked:
                         hide(mask, mask_at + b * mask_stride, mask_stride, m, K, Dp)
                         hide(mask, mask_at + b * mask_stride, mask_stride, m, V, Ep)
-                    scores(keys, keys_at, keys_stride, m, QT, D, cols, P)
-                    scores(V, 0, Ep, m, GT, E, cols, dP)
+                    scores(keys, keys_at, keys_stride, m, QT, D, wide, cols, P)
+                    scores(V, 0, Ep, m, GT, E, wide, cols, dP)
                     if masked or ahead < m - 1:
                         for s in range(m):
                             blind = n if hidden(mask, mask_at, mask_stride, b + s, masked) else min(n, s - ahead)
@@ -353,13 +356,13 @@ def backward_kernel(salt):
                                 fill_rows(1, blind, constants, 0, 0, P, s * SIDE, 0)
                                 clear_rows(1, blind, dP, s * SIDE, 0)
                     copy_rows(1, SIDE, top, 0, 0, base, 0, 0)
-                    largest(m, SIDE, P, 0, SIDE, top, 0, 0)
+                    largest(m, wide, P, 0, SIDE, top, 0, 0)
                     shift_rows(1, SIDE, base, 0, 0, top, 0, 0, base, 0, 0, factor, 0, 0)
                     multiply_rows(4, SIDE, total, 0, SIDE, factor, 0, 0, total, 0, SIDE)
                     rescale_rows(n, 2 * Dp, factor, 0, 1, Y, 0, 2 * Dp)
                     rescale_rows(n, 2 * Dp, factor, 0, 1, Z, 0, 2 * Dp)
-                    exp_sum(m, SIDE, P, 0, SIDE, base, 0, 0, total, SIDE, 0)
-                    product_sum(m, SIDE, dP, 0, SIDE, P, 0, SIDE, mean, SIDE, 0)
+                    exp_sum(m, wide, P, 0, SIDE, base, 0, 0, total, SIDE, 0)
+                    product_sum(m, wide, dP, 0, SIDE, P, 0, SIDE, mean, SIDE, 0)
                     add_seen(dP, n, m, ahead, keys, keys_at, keys_stride, Dp, cols, Y)
                     add_seen(P, n, m, ahead, keys, keys_at, keys_stride, Dp, cols, Z)
                     if b // SIDE % SETTLED_TILES == SETTLED_TILES - 1:
@@ -382,8 +385,9 @@ def backward_kernel(salt):
                 if masked:
                     hide(mask, mask_at + b * mask_stride, mask_stride, m, K, Dp)
                     hide(mask, mask_at + b * mask_stride, mask_stride, m, V, Ep)
-                transposed(K, m, D, Dp, QT)
-                transposed(V, m, E, Ep, GT)
+                wide = (m + cols - 1) // cols * cols
+                transposed(K, m, D, Dp, wide, QT)
+                transposed(V, m, E, Ep, wide, GT)
                 clear_rows(SIDE, 2 * Dp, Y, 0, 2 * Dp)
                 clear_rows(SIDE, 2 * Ep, U, 0, 2 * Ep)
                 begin = max(0, b - offset) // SIDE * SIDE if causal else 0
@@ -392,8 +396,8 @@ def backward_kernel(salt):
                     ahead = c + offset - b if causal else SIDE
                     scale_rows(n, D, constants, 1, 0, q, q_at + c * q_stride, q_stride, Q, 0, Dp)
                     copy_rows(n, E, d_out, g_at + c * g_stride, g_stride, G, 0, Ep)
-                    scores(Q, 0, Dp, n, QT, D, cols, P)
-                    scores(G, 0, Ep, n, GT, E, cols, dP)
+                    scores(Q, 0, Dp, n, QT, D, wide, cols, P)
+                    scores(G, 0, Ep, n, GT, E, wide, cols, dP)
                     weight_rows(n, m, tops, c, 1, totals, c, 1, means, c, 1,
                                 P, 0, SIDE, dP, 0, SIDE, P, 0, SIDE, dP, 0, SIDE)  # fmt: skip
                     add_seeing(dP, n, m, ahead, Q, Dp, cols, Y)
