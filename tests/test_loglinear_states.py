@@ -302,7 +302,7 @@ def test_pieces_give_what_the_whole_gives(causal, n, m, backend, rng, monkeypatc
     found = []
     for piece in (log_features.PIECE, 48, 17):
         monkeypatch.setattr(log_features, "PIECE", piece)
-        monkeypatch.setattr(log_features, "MANY", 1)
+        monkeypatch.setattr(log_features, "WHOLE", 0)
         out, back = EXP.vjp(q, k, v, **options)
         into = np.empty_like(out)
         assert EXP(q, k, v, out=into, **options) is into
@@ -322,7 +322,7 @@ def test_pieces_of_a_step(backend, rng, monkeypatch):
     found = []
     for piece in (log_features.PIECE, 48, 17):
         monkeypatch.setattr(log_features, "PIECE", piece)
-        monkeypatch.setattr(log_features, "MANY", 1)
+        monkeypatch.setattr(log_features, "WHOLE", 0)
         out, state, back = EXP.step_vjp(*late, start, backend=backend)
         d_state = replace(
             state, arrays=LogLinearState(d_sums, np.zeros_like(d_sums), np.zeros_like(state.arrays.gauge))

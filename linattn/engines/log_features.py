@@ -18,8 +18,8 @@ from linattn.backends.reference.linear import visible_mean
 from linattn.engines import loglinear
 from linattn.engines.loglinear import LogLinearState, Options
 
-PIECE = 1536  # tokens of MANY features: some megabytes of logarithms a head, and little beside their work is repeated
-MANY = 128
+WHOLE = 2**18  # logarithms of a head that may be there at once
+PIECE = 768  # tokens of a piece, where there are more: near in memory, and a multiple of every backend's chunk
 Cotangents = tuple[Any, ...]
 
 
@@ -50,12 +50,14 @@ class _Part(NamedTuple):
 
 def pieces(features: LogFeatures, n_queries: int, k: Array, causal: bool) -> list[Piece]:
     """In the order of the forward. One piece where a graph may be traced: it would grow with N."""
-    n_keys, size = k.shape[-2], PIECE
-    if max(n_queries, n_keys) > PIECE:  # fewer features, more tokens
-        size *= max(1, MANY // max(1, features.log_k(k[..., :0, :]).shape[-1]))
-    if max(n_queries, n_keys) <= size or _arrays.library(k) not in ROOM_OF:
+    n_keys = k.shape[-2]
+    n_tokens = max(n_queries, n_keys)
+    few = n_tokens <= PIECE or n_tokens * features.log_k(k[..., :0, :]).shape[-1] <= WHOLE
+    if few or _arrays.library(k) not in ROOM_OF:
         return [Piece(slice(0, n_queries), slice(0, n_keys))]
-    of_queries, of_keys = ([slice(a, min(a + size, n)) for a in range(0, max(n, 1), size)] for n in (n_queries, n_keys))
+    of_queries, of_keys = (
+        [slice(a, min(a + PIECE, n)) for a in range(0, max(n, 1), PIECE)] for n in (n_queries, n_keys)
+    )
     if causal:
         return [Piece(a, b) for a, b in zip(of_queries, of_keys, strict=True)]
     return [*(Piece(None, b) for b in of_keys), *(Piece(a, None) for a in of_queries)]
