@@ -17,7 +17,7 @@ from linattn.engines.softmax import SoftmaxState, extend
 from linattn.interop import _torch_mechanism, _torch_ops  # noqa: F401  # its operators
 from linattn.interop._kernels import LinearOptions
 from linattn.interop._specs import spec_of
-from linattn.interop._torch_ops import OPS
+from linattn.interop._torch_ops import OPS, is_undisturbed, tensor, view
 from linattn.mechanisms.attention import Attention as Mechanism
 from linattn.mechanisms.attention import Call, State
 from linattn.mechanisms.cosformer import CosFormer
@@ -87,6 +87,11 @@ def attention(
     >>> q.grad.shape
     torch.Size([2, 8, 4])
     """
+    if cu_seqlens is None and positions is None and backend is None:
+        arrays = _undisturbed_views(q, k, v, key_mask, mechanism)
+        if arrays is not None:
+            *arrays, mask = arrays
+            return tensor(mechanism(*arrays, causal=causal, key_mask=mask))
     lead = _checked(q, k, v, mechanism, backend)
     if not _has_operator(q, mechanism, backend):
         return _reference(q, k, v, mechanism, causal, key_mask, cu_seqlens, positions)
@@ -263,6 +268,25 @@ def _reference(
     options = {} if positions is None else {"positions": positions}
     with torch.autocast(q.device.type, enabled=False):  # it would make the matrix products 16-bit
         return mechanism(q, k, v, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens, **options)
+
+
+def _undisturbed_views(q: Any, k: Any, v: Any, key_mask: Any, mechanism: Any) -> Any:
+    """The tensors' memory where nothing records, traces or maps the call, else None.
+
+    The operator would run the same kernel on the same views: what is left out is the way through the dispatcher.
+    """
+    own = Tensor
+    if not (type(q) is type(k) is type(v) is own) or torch.compiler.is_compiling() or not is_undisturbed():
+        return None
+    if not isinstance(mechanism, Mechanism) or not (key_mask is None or type(key_mask) is own):
+        return None
+    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+        return None
+    try:  # refuses what is not dense or is elsewhere
+        mask = None if key_mask is None else key_mask.numpy()
+        return view(q), view(k), view(v), mask
+    except (TypeError, RuntimeError):
+        return None
 
 
 # -- checks -------------------------------------------------------------------------------------------------------
