@@ -88,10 +88,9 @@ def attention(
     torch.Size([2, 8, 4])
     """
     if cu_seqlens is None and positions is None and backend is None:
-        arrays = _undisturbed_views(q, k, v, key_mask, mechanism)
-        if arrays is not None:
-            *arrays, mask = arrays
-            return tensor(mechanism(*arrays, causal=causal, key_mask=mask))
+        run = _undisturbed(q, k, v, key_mask, mechanism)
+        if run is not None:
+            return run(mechanism, causal, key_mask, q, k, v)
     lead = _checked(q, k, v, mechanism, backend)
     if not _has_operator(q, mechanism, backend):
         return _reference(q, k, v, mechanism, causal, key_mask, cu_seqlens, positions)
@@ -270,23 +269,53 @@ def _reference(
         return mechanism(q, k, v, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens, **options)
 
 
-def _undisturbed_views(q: Any, k: Any, v: Any, key_mask: Any, mechanism: Any) -> Any:
-    """The tensors' memory where nothing records, traces or maps the call, else None.
+def _undisturbed(q: Any, k: Any, v: Any, key_mask: Any, mechanism: Any) -> Any:
+    """Who runs a call that nothing traces, maps or watches; None: the operator.
 
-    The operator would run the same kernel on the same views: what is left out is the way through the dispatcher.
+    It would run the same kernels on the same memory: what is left out is the way through torch's dispatcher.
     """
-    own = Tensor
-    if not (type(q) is type(k) is type(v) is own) or torch.compiler.is_compiling() or not is_undisturbed():
+    if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu):
         return None
-    if not isinstance(mechanism, Mechanism) or not (key_mask is None or type(key_mask) is own):
+    if torch.compiler.is_compiling() or not is_undisturbed():
         return None
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+    if not isinstance(mechanism, Mechanism) or spec_of(mechanism) is None:  # what is the user's runs as tensor code
         return None
-    try:  # refuses what is not dense or is elsewhere
-        mask = None if key_mask is None else key_mask.numpy()
-        return view(q), view(k), view(v), mask
-    except (TypeError, RuntimeError):
+    if not (q.layout is k.layout is v.layout is torch.strided and q.dtype in FLOATS):
         return None
+    if key_mask is not None and not (type(key_mask) is Tensor and key_mask.is_cpu and key_mask.dtype is torch.bool):
+        return None
+    if not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()):
+        return _at_once
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # checkpoints, offloading: they want tensors
+    return _Undisturbed.apply if hooks is None else None
+
+
+def _at_once(mechanism: Any, causal: Any, key_mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return tensor(mechanism(view(q), view(k), view(v), causal=causal, key_mask=view(key_mask)))
+
+
+class _Undisturbed(torch.autograd.Function):
+    """A mechanism's `vjp` on views of tensors; its backward keeps what the forward found."""
+
+    @staticmethod
+    def forward(ctx: Any, mechanism: Any, causal: Any, key_mask: Tensor | None, *tensors: Tensor) -> Tensor:
+        out, ctx.undo = mechanism.vjp(*map(view, tensors), causal=causal, key_mask=view(key_mask))
+        ctx.save_for_backward(key_mask, *tensors)
+        ctx.call = spec_of(mechanism), bool(causal), 0
+        return tensor(out)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        key_mask, *tensors = ctx.saved_tensors  # complains if one was changed in between
+        if type(d_out) is Tensor and d_out.is_cpu and not torch.is_grad_enabled() and is_undisturbed():
+            try:
+                given = view(d_out)
+            except RuntimeError:  # several cotangents at once, `is_grads_batched`
+                given = None
+            if given is not None:
+                return None, None, None, *map(tensor, ctx.undo(given))
+        args = (d_out, None, *tensors, None, None, None, key_mask, None, *ctx.call)
+        return None, None, None, *OPS.mechanism_backward.default(*args)[:3]
 
 
 # -- checks -------------------------------------------------------------------------------------------------------
