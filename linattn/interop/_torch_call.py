@@ -295,7 +295,7 @@ def _at_once(mechanism: Any, causal: Any, key_mask: Tensor | None, q: Tensor, k:
 
 
 class _Undisturbed(torch.autograd.Function):
-    """A mechanism's `vjp` on views of tensors; its backward keeps what the forward found."""
+    """A mechanism's `vjp` on views of tensors; its backward keeps what the forward found, and lets go of it once run."""
 
     @staticmethod
     def forward(ctx: Any, mechanism: Any, causal: Any, key_mask: Tensor | None, *tensors: Tensor) -> Tensor:
@@ -307,13 +307,15 @@ class _Undisturbed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         key_mask, *tensors = ctx.saved_tensors  # complains if one was changed in between
-        if type(d_out) is Tensor and d_out.is_cpu and not torch.is_grad_enabled() and is_undisturbed():
+        plain = type(d_out) is Tensor and d_out.is_cpu and not torch.is_grad_enabled() and is_undisturbed()
+        if plain and ctx.undo is not None:
             try:
                 given = view(d_out)
             except RuntimeError:  # several cotangents at once, `is_grads_batched`
                 given = None
             if given is not None:
-                return None, None, None, *map(tensor, ctx.undo(given))
+                undo, ctx.undo = ctx.undo, None  # a second time, by the operator
+                return None, None, None, *map(tensor, undo(given))
         args = (d_out, None, *tensors, None, None, None, key_mask, None, *ctx.call)
         return None, None, None, *OPS.mechanism_backward.default(*args)[:3]
 
