@@ -14,7 +14,7 @@ from linattn.engines.features import MAPS, find
 from linattn.engines.linear import LinearState
 from linattn.engines.loglinear import LogLinearState
 from linattn.engines.softmax import SoftmaxState, extend
-from linattn.interop import _torch_mechanism, _torch_ops  # noqa: F401  # its operators
+from linattn.interop import _cuda, _torch_cuda, _torch_mechanism, _torch_ops  # noqa: F401  # its operators
 from linattn.interop._kernels import LinearOptions
 from linattn.interop._specs import spec_of
 from linattn.interop._torch_ops import OPS, is_undisturbed, tensor, view
@@ -53,9 +53,10 @@ def attention(
         unlike `key_padding_mask`. A tensor `cu_seqlens` is read when the operator runs, so it may be traced.
     positions : Tensor, or pair of Tensors, optional
         CosFormer's, see `CosFormer.__call__`.
-    backend : {"reference", "numba"}, optional
+    backend : {"reference", "numba", "cupy"}, optional
         "reference" is plain tensor code: it has every derivative and runs on any device. By default the compiled
-        kernels where there is an operator for the call, else the reference.
+        kernels: those of the CPU where there is an operator for the call, CuPy's for tensors on an NVIDIA GPU where
+        CuPy is installed; else the reference.
 
     Returns
     -------
@@ -92,6 +93,11 @@ def attention(
         if run is not None:
             return run(mechanism, causal, key_mask, q, k, v)
     lead = _checked(q, k, v, mechanism, backend)
+    if _torch_cuda.is_cuda(q) and not _maps() and _cuda.wanted(backend):
+        if key_mask is not None:
+            _checks.key_mask(key_mask, k, lead)
+            _one_device(k=k, key_mask=key_mask)
+        return _torch_cuda.attention(q, k, v, mechanism, causal, key_mask, cu_seqlens, positions)
     if not _has_operator(q, mechanism, backend):
         return _reference(q, k, v, mechanism, causal, key_mask, cu_seqlens, positions)
     causal = _checks.flag("causal", causal)
@@ -242,6 +248,10 @@ def _run(operator: Any, *args: Any) -> Any:
         raise
 
 
+def _maps() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _has_own_pair(mechanism: Any) -> bool:
     """Whether it goes by `linattn::linear` or `linattn::softmax`."""
     if isinstance(mechanism, Linear):
@@ -295,7 +305,7 @@ def _at_once(mechanism: Any, causal: Any, key_mask: Tensor | None, q: Tensor, k:
 
 
 class _Undisturbed(torch.autograd.Function):
-    """A mechanism's `vjp` on views of tensors; its backward keeps what the forward found, and lets go of it once run."""
+    """A mechanism's `vjp` on views of tensors; its backward keeps what the forward found until it has run."""
 
     @staticmethod
     def forward(ctx: Any, mechanism: Any, causal: Any, key_mask: Tensor | None, *tensors: Tensor) -> Tensor:
@@ -328,8 +338,8 @@ def _checked(q: Any, k: Any, v: Any, mechanism: Any, backend: Any) -> tuple[int,
     if not isinstance(mechanism, Mechanism):
         raise TypeError(f"`mechanism` must be a value like linattn.Linear(), got {mechanism!r}.")
     _checks.backend_name(backend)
-    if backend == "cupy":
-        raise _checks.backend_lacks(backend, "operator for torch tensors")
+    if backend == "cupy" and isinstance(q, Tensor) and not _torch_cuda.is_cuda(q):
+        raise _checks.backend_lacks(backend, f"operator for tensors on {q.device.type}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"`{name}` must be a torch Tensor, got {type(x).__name__}.")
