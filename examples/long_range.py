@@ -1,7 +1,7 @@
 """Two generated tasks over growing length: recall a value by its key, evaluate nested list operations.
 
     pip install -e ".[torch]"
-    python examples/long_range.py --lengths 64 128 256
+    python examples/long_range.py --lengths 64 128 256 --out runs/long
 
 Each mechanism trains from the same weights on the same batches; accuracy is on sequences it has not seen.
 """
@@ -9,7 +9,9 @@ Each mechanism trains from the same weights on the same batches; accuracy is on 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 
 import torch
@@ -90,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[tuple[str, str, int], f
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128])
     for name, default in (("steps", 800), ("batch", 32), ("width", 64), ("heads", 4), ("layers", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, help="folder for results.json")
     given = parser.parse_args(arguments)
     table = {}
     for task in given.tasks:
@@ -106,6 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[tuple[str, str, int], f
         print(f"{task}, accuracy after {given.steps} steps (guessing: {1 / DIGITS:.2f}); length: {given.lengths}")
         for name in given.mechanisms:
             print(f"  {name:10} " + "  ".join(f"{table[task, name, n]:.3f}" for n in given.lengths))
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        size = {name: getattr(given, name) for name in ("steps", "batch", "width", "heads", "layers")}
+        rows = [{"task": t, "mechanism": name, "length": n, "accuracy": x} for (t, name, n), x in table.items()]
+        (given.out / "results.json").write_text(json.dumps({"size": size, "results": rows}), encoding="utf-8")
     return table
 
 

@@ -1,6 +1,7 @@
 """Measure what the pages of other frameworks say: times and bytes, written to docs/measured.
 
     python scripts/measure_interop.py [operator] [training] [ranks]
+    python scripts/measure_interop.py models          # half an hour of training, in runs/ or where LINATTN_RUNS says
 
 Each program runs in a process of its own with one thread, the ones that are compared one after the other in turn; the
 best of their rounds counts. Needs torch, and for `ranks` mpi4py and mpiexec.
@@ -184,7 +185,7 @@ def rank_child(which: str) -> None:
         backward(d_out)
 
     run()
-    sent, found = comm.bytes_sent, {"wall": float("inf"), "work": float("inf")}
+    sent, held, found = comm.bytes_sent, comm.bytes_received, {"wall": float("inf"), "work": float("inf")}
     for _ in range(RANK_ROUNDS):
         comm.waited, start, wall = 0.0, time.process_time(), time.perf_counter()
         run()
@@ -192,7 +193,7 @@ def rank_child(which: str) -> None:
         found["work"] = min(found["work"], MPI.COMM_WORLD.allreduce(work, MPI.MAX))
         found["wall"] = min(found["wall"], time.perf_counter() - wall)
     if comm.rank == 0:
-        print(json.dumps({**found, "bytes": sent}))
+        print(json.dumps({**found, "bytes": sent, "held": held}))
 
 
 def ranks() -> None:
@@ -213,10 +214,63 @@ def ranks() -> None:
     write("ranks", table(title, head, rows))
 
 
+# -- trained models --------------------------------------------------------------------------------------------------
+
+CHARACTERS = {"steps": 300, "length": 256, "batch": 16, "width": 128, "heads": 4, "layers": 3}
+TASKS = {"lengths": (32, 64), "steps": 300, "batch": 32, "width": 64, "heads": 4, "layers": 2}
+KEPT = 10  # steps from one kept row of a history to the next
+
+
+def flags(size: dict[str, Any]) -> list[str]:
+    found = []
+    for name, value in size.items():
+        found += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return found
+
+
+def models() -> None:
+    """Tables and a picture from the examples' own results; a run that is there goes on where it stands."""
+    import char_lm
+    import long_range
+
+    runs = Path(os.environ.get("LINATTN_RUNS", ROOT / "runs"))
+    characters, tasks = runs / "char", runs / "long"
+    char_lm.main(["--out", str(characters), "--no-plot", *flags(CHARACTERS)])
+    if not (tasks / "results.json").exists():
+        long_range.main(["--out", str(tasks), *flags(TASKS)])
+    found = json.loads((characters / "results.json").read_text(encoding="utf-8"))
+    unigram = found.pop("unigram")
+    char_lm.plot(found, unigram, FOLDER / "char_lm.png")
+    kept = {name: {"bits": x["bits"], "history": x["history"][KEPT - 1 :: KEPT]} for name, x in found.items()}
+    record = {"size": CHARACTERS, "unigram": unigram, **kept}
+    (FOLDER / "char_lm.json").write_text(json.dumps(record), encoding="utf-8")
+    size = CHARACTERS
+    title = (
+        f"Bits a character on the held-out end of the poem after {size['steps']} steps of {size['batch']} pieces of "
+        f"{size['length']} characters: {size['layers']} layers of {size['heads']} heads, width {size['width']}, one "
+        f"run each from the same weights. A model of single characters has {unigram:.2f}."
+    )
+    write("char_lm", table(title, ["mechanism", "bits"], [[f"``{n}``", f"{x['bits']:.2f}"] for n, x in found.items()]))
+    record = json.loads((tasks / "results.json").read_text(encoding="utf-8"))
+    (FOLDER / "long_range.json").write_text(json.dumps(record), encoding="utf-8")
+    size, rows = record["size"], record["results"]
+    columns = list(dict.fromkeys((row["task"], row["length"]) for row in rows))
+    share = {(row["mechanism"], row["task"], row["length"]): row["accuracy"] for row in rows}
+    lines = [
+        [f"``{name}``", *(f"{share[name, *column]:.2f}" for column in columns)]
+        for name in dict.fromkeys(row["mechanism"] for row in rows)
+    ]
+    title = (
+        f"Accuracy on 256 unseen sequences after {size['steps']} steps of {size['batch']} sequences ({size['layers']} "
+        f"layers of {size['heads']} heads, width {size['width']}), one run each; guessing has 0.10."
+    )
+    write("long_range", table(title, ["mechanism", *(f"{task}, {n} tokens" for task, n in columns)], lines))
+
+
 if __name__ == "__main__":
     children = {"--train": train_child, "--rank": rank_child}
     if sys.argv[1:] and sys.argv[1] in children:
         children[sys.argv[1]](sys.argv[2])
     else:
         for what in sys.argv[1:] or ("operator", "training", "ranks"):
-            {"operator": operator, "training": training, "ranks": ranks}[what]()
+            {"operator": operator, "training": training, "ranks": ranks, "models": models}[what]()

@@ -7,14 +7,18 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cases import SQUARE, Case, assert_close, assert_gradients_close
+from cases import SQUARE, Case, assert_bits, assert_close, assert_gradients_close
 
 import linattn as la
 from linattn import distributed
 from linattn.audit.measure import relative_error
+from linattn.backends.numba import linear_halves
+from linattn.distributed import communicators
+from linattn.engines import log_features
 
 VALUES = [
     la.Linear(),
@@ -37,7 +41,7 @@ def cut(x, edges, rank, axis=-2):
     return x[(..., slice(edges[rank], edges[rank + 1]), *[slice(None)] * (-axis - 1))]
 
 
-def on_ranks(attend, args, d_out, edges, key_edges=None, key_mask=None, **options):
+def on_ranks(attend, args, d_out, edges, key_edges=None, key_mask=None, scan=None, **options):
     """out and gradients, each joined over the ranks; the communicators too."""
     key_edges = key_edges or edges
 
@@ -47,24 +51,68 @@ def on_ranks(attend, args, d_out, edges, key_edges=None, key_mask=None, **option
         out, backward = distributed.vjp(q, k, v, attend, comm, key_mask=mask, **options)
         return out, *backward(cut(d_out, edges, comm.rank)), comm
 
-    *arrays, comms = zip(*distributed.run_local(len(edges) - 1, rank), strict=True)
+    *arrays, comms = zip(*distributed.run_local(len(edges) - 1, rank, scan=scan), strict=True)
     return [np.concatenate(x, axis=-2) for x in arrays], comms
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("attend", VALUES, ids=repr)
 def test_ranks_are_one_process(attend, causal, rng):
-    """For uneven shards and empty ranks, masked and not, in both rooms."""
-    runs = [("numba", edges, i % 2 == 1) for i, edges in enumerate(CUTS)] + [("reference", CUTS[2], True)]
-    for backend, edges, masked in runs:
+    """For uneven shards and empty ranks, masked and not, gathered and scanned, in both rooms."""
+    runs = [("numba", edges, i % 2 == 1, None) for i, edges in enumerate(CUTS)]
+    runs += [("numba", CUTS[2], False, "exscan"), ("reference", CUTS[2], True, "exscan")]
+    for backend, edges, masked, scan in runs:
         case = Case(attend, causal=causal, masked=masked)
         args, options = case.draw(rng)
         d_out = case.cotangent(rng)
         want, backward = attend.vjp(*args, **options)
         mask = options.get("key_mask")
-        (out, *grads), _ = on_ranks(attend, args, d_out, edges, causal=causal, key_mask=mask, backend=backend)
+        options = {"causal": causal, "key_mask": mask, "backend": backend, "scan": scan}
+        (out, *grads), _ = on_ranks(attend, args, d_out, edges, **options)
         assert_close(out, want)
         assert_gradients_close(grads, backward(d_out), 1e-13)
+
+
+def test_long_shards_go_piece_by_piece(monkeypatch, rng):
+    """The log-linear engine's keys alone, which no query of their rank reads."""
+    monkeypatch.setattr(log_features, "PIECE", 4)
+    args, d_out = rng.normal(size=(3, 2, 23, 4)), rng.normal(size=(2, 23, 4))
+    for attend in (la.LLN(alpha=(30.0, 0.5), beta=(20.0, 0.6)), la.Performer(12, seed=0), la.Performer(12, eps=0.1)):
+        want, backward = attend.vjp(*args, causal=True)
+        (out, *grads), _ = on_ranks(attend, args, d_out, [0, 9, 17, 23], causal=True)
+        assert_close(out, want)
+        assert_gradients_close(grads, backward(d_out), 1e-13)
+
+
+HALVED = [la.Linear(), la.CosFormer(512), la.Linear("relu", normalize=False), la.Linear(eps=("clamp", 2.0))]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("attend", [*HALVED, la.Linear(eps=("add", 0.5))], ids=repr)
+def test_the_halves_are_the_backward(attend, dtype, rng):
+    """Bit by bit for the gradients; what reaches the incoming state is the same sum in another order."""
+    q, k, v, d_out = rng.normal(size=(4, 3, 141, 5)).astype(dtype)
+    call, _ = attend._checked(q, k, v, True, rng.random((3, 141)) > 0.3, None, None, np)
+    state = attend._forward(q, k, v, None, call, None)[1]
+    _, _, ((*_, den), options, room) = attend._forward(q, k, v, state, call, None)
+    given = {**options._asdict(), "feature_map": options.feature_map.name}
+    d_state = rng.normal(size=state.sums.shape).astype(state.sums.dtype)
+    want = room.backward(d_out, d_state, q, k, v, state, den, **given, out=None, xp=np)
+    reached = room.backward(d_out, None, q, k, v, state, den, **given, out=None, xp=np)[3]
+    assert linear_halves.serves(d_out, q, k, v, **given)
+    d_q, h, found = linear_halves.to_queries(d_out, q, k, v, state, den, **given, reach=True)
+    grads = d_q, *linear_halves.to_keys(d_out, d_state, q, k, v, state, den, h, **given)
+    for x, y in zip(grads, want, strict=False):
+        assert_bits(x, y)
+    assert relative_error(found, reached) < (1e-14 if dtype == "float64" else 1e-6)
+
+
+def test_the_halves_leave_shared_heads_to_others(rng):
+    q, k = rng.normal(size=(2, 3, 7, 4)), rng.normal(size=(2, 1, 7, 4))
+    options = {"turns": None, "key_mask": None, "normalize": True, "eps": "safe", "feature_map": "elu1"}
+    assert linear_halves.serves(q, q, q, q, span="past", **options)
+    assert not linear_halves.serves(q, q, k, k, span="past", **options)
+    assert not linear_halves.serves(q, q, q, q, span="all", **options)
 
 
 def test_cross_attention_is_cut_on_both_sides(rng):
@@ -126,6 +174,57 @@ def test_bytes_do_not_grow_with_the_sequence(rng):
         sent.append({comm.bytes_sent for comm in comms})
     state = 2 * 2 * 4 * 5 * 8  # sums and rest, heads, R, E + 1, bytes
     assert sent[0] == sent[1] == {3 * distributed.TEXT + 16 + 2 * state}
+
+
+def test_states_are_gathered_while_they_fit(monkeypatch):
+    """Gathering holds the states of all ranks; beyond that a scan holds two."""
+    comm = distributed.LocalComm(0, 8, [], None)
+    assert comm.gathers(1 << 23)
+    assert not comm.gathers((1 << 23) + 1)
+    comm.scan = "exscan"
+    assert not comm.gathers(1)
+
+
+def test_a_scan_holds_fewer_bytes(rng):
+    args, d_out = rng.normal(size=(3, 2, 24, 4)), rng.normal(size=(2, 24, 4))
+    held = {}
+    for scan in ("gather", "exscan"):
+        _, comms = on_ranks(la.Linear(), args, d_out, [0, 3, 6, 9, 12, 15, 18, 21, 24], scan=scan, causal=True)
+        held[scan] = max(comm.bytes_received for comm in comms)
+    state = 2 * 2 * 4 * 5 * 8
+    assert held["gather"] == 7 * (3 * distributed.TEXT + 16 + 2 * state)
+    assert held["exscan"] == 7 * (distributed.TEXT + 16 + 2 * 2) + 4 * state  # flags; scan and total, twice
+
+
+def test_a_failure_is_heard_before_a_scan(rng):
+    q, heard = rng.normal(size=(2, 6, 4)), {}
+
+    def rank(comm):
+        try:
+            distributed.attention(q, q, q, la.CosFormer(10), comm)
+        except Exception as error:
+            heard[comm.rank] = error
+
+    distributed.run_local(3, rank, scan="exscan")
+    assert isinstance(heard[1], ValueError)
+    assert "rank 1 failed" in str(heard[0])
+
+
+def test_a_device_is_waited_for_before_its_memory_is_handed_on(monkeypatch):
+    """By a stand-in for CuPy: MPI does not know of streams."""
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append(True))
+    cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    communicators._wait(type("ndarray", (), {"__module__": "cupy"})())
+    communicators._wait(np.zeros(1))
+    assert waited == [True]
+
+
+def test_device_arrays_need_a_transport_for_them(rng):
+    comm = distributed.LocalComm(0, 1, [], None)
+    with pytest.raises(TypeError, match="LocalComm cannot hand on arrays of a device"):
+        comm.allgather_device(rng.normal(size=3), np)
 
 
 # ------------------------------------------------------------------------------------------------- faults
@@ -217,7 +316,7 @@ def test_refusals(rng):
 
 
 def test_threads_that_do_not_meet_give_up(monkeypatch):
-    monkeypatch.setattr(distributed, "WAIT", 0.2)
+    monkeypatch.setattr(communicators, "WAIT", 0.2)
     error = refused(lambda comm: comm.allgather(np.zeros(1)) if comm.rank else None)
     assert type(error).__name__ == "BrokenBarrierError"
 
@@ -246,6 +345,22 @@ def test_mpi(size, what):
     run = mpi(size, what)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count(": ok") == size
+
+
+@pytest.mark.mpi4py
+@pytest.mark.parametrize("size, what", [(1, "scanned"), (4, "scanned"), (3, "order"), (4, "order")])
+def test_mpi_scans_by_the_engines_merge(size, what):
+    run = mpi(size, what)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count(": ok") == size
+
+
+@pytest.mark.mpi4py
+@pytest.mark.torch
+def test_mpi_is_handed_the_buffers_of_another_library():
+    """Tensors on the CPU stand for arrays of a device: their own memory goes to MPI."""
+    run = mpi(2, "device_buffers")
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.mpi4py

@@ -162,6 +162,7 @@ def test_opcheck(attend, dtype, rng, monkeypatch):
     """Schema, fake, autograd registration and tracing, on the very calls that `attention` and `step` make."""
     calls = []
     inner = import_module("linattn.interop._torch_call")
+    monkeypatch.setattr(inner, "_undisturbed", lambda *_: None)
     monkeypatch.setattr(inner, "_run", lambda operator, *args: calls.append((operator, args)) or operator(*args))
     args = tensors(rng, 2, 6, 4, dtype=dtype)
     mask = torch.from_numpy(rng.random((2, 6)) > 0.4)
@@ -175,6 +176,50 @@ def test_opcheck(attend, dtype, rng, monkeypatch):
     for operator, given in calls:
         given = tuple(x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in given)
         torch.library.opcheck(operator, given)
+
+
+@pytest.mark.parametrize("attend", OPERATORS, ids=repr)
+def test_the_short_way_is_the_operators(attend, rng, monkeypatch):
+    """Where nothing listens the dispatcher is passed by: the same bits, and the same where it is not."""
+    inner = import_module("linattn.interop._torch_call")
+    args, d_out = tensors(rng, 2, 9, 4), torch.from_numpy(rng.normal(size=(2, 9, 4)))
+    mask = torch.from_numpy(rng.random((2, 9)) > 0.3) if causal_of(attend) else None
+    ran = []
+    short = inner._undisturbed
+    monkeypatch.setattr(inner, "_undisturbed", lambda *given: ran.append(short(*given)) or ran[-1])
+
+    def results():
+        out = interop.attention(*args, attend, causal=causal_of(attend), key_mask=mask)
+        grads = torch.autograd.grad(out, args, d_out, retain_graph=True)
+        once_more = torch.autograd.grad(out, args, d_out, retain_graph=True)
+        batched = torch.autograd.grad(out, args, torch.stack([d_out, 2 * d_out]), is_grads_batched=True)
+        with torch.no_grad():
+            again = interop.attention(*args, attend, causal=causal_of(attend), key_mask=mask)
+        return [out, *grads, *once_more, *batched, again]
+
+    got = results()
+    assert (ran == [None, None]) == (attend == OWN_MAP)
+    monkeypatch.setattr(inner, "_undisturbed", lambda *_: None)
+    for x, y in zip(got, results(), strict=True):
+        assert_bits(x.detach(), y.detach())
+
+
+def test_the_short_way_is_left_where_somebody_listens(rng):
+    """A checkpoint frees what was kept, a profiler sees the operator, a change in place is found out."""
+    attend = la.Linear()
+    args = tensors(rng, 2, 6, 4)
+    want = torch.autograd.grad(interop.attention(*args, attend).sum(), args)
+    again = torch.utils.checkpoint.checkpoint(lambda *a: interop.attention(*a, attend), *args, use_reentrant=False)
+    for x, y in zip(torch.autograd.grad(again.sum(), args), want, strict=True):
+        assert_bits(x, y)
+    with torch.profiler.profile() as seen:
+        interop.attention(*args, attend)
+    assert "linattn::linear" in {event.name for event in seen.events()}
+    moved = [x * 1.0 for x in args]
+    out = interop.attention(*moved, attend)
+    moved[0] += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("attend", OPERATORS, ids=repr)

@@ -14,10 +14,10 @@ from linattn.engines.features import MAPS, find
 from linattn.engines.linear import LinearState
 from linattn.engines.loglinear import LogLinearState
 from linattn.engines.softmax import SoftmaxState, extend
-from linattn.interop import _torch_mechanism, _torch_ops  # noqa: F401  # its operators
+from linattn.interop import _cuda, _torch_cuda, _torch_mechanism, _torch_ops  # noqa: F401  # its operators
 from linattn.interop._kernels import LinearOptions
 from linattn.interop._specs import spec_of
-from linattn.interop._torch_ops import OPS
+from linattn.interop._torch_ops import OPS, is_undisturbed, tensor, view
 from linattn.mechanisms.attention import Attention as Mechanism
 from linattn.mechanisms.attention import Call, State
 from linattn.mechanisms.cosformer import CosFormer
@@ -53,9 +53,10 @@ def attention(
         unlike `key_padding_mask`. A tensor `cu_seqlens` is read when the operator runs, so it may be traced.
     positions : Tensor, or pair of Tensors, optional
         CosFormer's, see `CosFormer.__call__`.
-    backend : {"reference", "numba"}, optional
+    backend : {"reference", "numba", "cupy"}, optional
         "reference" is plain tensor code: it has every derivative and runs on any device. By default the compiled
-        kernels where there is an operator for the call, else the reference.
+        kernels: those of the CPU where there is an operator for the call, CuPy's for tensors on an NVIDIA GPU where
+        CuPy is installed; else the reference.
 
     Returns
     -------
@@ -87,7 +88,16 @@ def attention(
     >>> q.grad.shape
     torch.Size([2, 8, 4])
     """
+    if cu_seqlens is None and positions is None and backend is None:
+        run = _undisturbed(q, k, v, key_mask, mechanism)
+        if run is not None:
+            return run(mechanism, causal, key_mask, q, k, v)
     lead = _checked(q, k, v, mechanism, backend)
+    if _torch_cuda.is_cuda(q) and not _maps() and _cuda.wanted(backend):
+        if key_mask is not None:
+            _checks.key_mask(key_mask, k, lead)
+            _one_device(k=k, key_mask=key_mask)
+        return _torch_cuda.attention(q, k, v, mechanism, causal, key_mask, cu_seqlens, positions)
     if not _has_operator(q, mechanism, backend):
         return _reference(q, k, v, mechanism, causal, key_mask, cu_seqlens, positions)
     causal = _checks.flag("causal", causal)
@@ -238,6 +248,10 @@ def _run(operator: Any, *args: Any) -> Any:
         raise
 
 
+def _maps() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _has_own_pair(mechanism: Any) -> bool:
     """Whether it goes by `linattn::linear` or `linattn::softmax`."""
     if isinstance(mechanism, Linear):
@@ -265,6 +279,57 @@ def _reference(
         return mechanism(q, k, v, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens, **options)
 
 
+def _undisturbed(q: Any, k: Any, v: Any, key_mask: Any, mechanism: Any) -> Any:
+    """Who runs a call that nothing traces, maps or watches; None: the operator.
+
+    It would run the same kernels on the same memory: what is left out is the way through torch's dispatcher.
+    """
+    if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu):
+        return None
+    if torch.compiler.is_compiling() or not is_undisturbed():
+        return None
+    if not isinstance(mechanism, Mechanism) or spec_of(mechanism) is None:  # what is the user's runs as tensor code
+        return None
+    if not (q.layout is k.layout is v.layout is torch.strided and q.dtype in FLOATS):
+        return None
+    if key_mask is not None and not (type(key_mask) is Tensor and key_mask.is_cpu and key_mask.dtype is torch.bool):
+        return None
+    if not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()):
+        return _at_once
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # checkpoints, offloading: they want tensors
+    return _Undisturbed.apply if hooks is None else None
+
+
+def _at_once(mechanism: Any, causal: Any, key_mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return tensor(mechanism(view(q), view(k), view(v), causal=causal, key_mask=view(key_mask)))
+
+
+class _Undisturbed(torch.autograd.Function):
+    """A mechanism's `vjp` on views of tensors; its backward keeps what the forward found until it has run."""
+
+    @staticmethod
+    def forward(ctx: Any, mechanism: Any, causal: Any, key_mask: Tensor | None, *tensors: Tensor) -> Tensor:
+        out, ctx.undo = mechanism.vjp(*map(view, tensors), causal=causal, key_mask=view(key_mask))
+        ctx.save_for_backward(key_mask, *tensors)
+        ctx.call = spec_of(mechanism), bool(causal), 0
+        return tensor(out)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        key_mask, *tensors = ctx.saved_tensors  # complains if one was changed in between
+        plain = type(d_out) is Tensor and d_out.is_cpu and not torch.is_grad_enabled() and is_undisturbed()
+        if plain and ctx.undo is not None:
+            try:
+                given = view(d_out)
+            except RuntimeError:  # several cotangents at once, `is_grads_batched`
+                given = None
+            if given is not None:
+                undo, ctx.undo = ctx.undo, None  # a second time, by the operator
+                return None, None, None, *map(tensor, undo(given))
+        args = (d_out, None, *tensors, None, None, None, key_mask, None, *ctx.call)
+        return None, None, None, *OPS.mechanism_backward.default(*args)[:3]
+
+
 # -- checks -------------------------------------------------------------------------------------------------------
 
 
@@ -273,8 +338,8 @@ def _checked(q: Any, k: Any, v: Any, mechanism: Any, backend: Any) -> tuple[int,
     if not isinstance(mechanism, Mechanism):
         raise TypeError(f"`mechanism` must be a value like linattn.Linear(), got {mechanism!r}.")
     _checks.backend_name(backend)
-    if backend == "cupy":
-        raise _checks.backend_lacks(backend, "operator for torch tensors")
+    if backend == "cupy" and isinstance(q, Tensor) and not _torch_cuda.is_cuda(q):
+        raise _checks.backend_lacks(backend, f"operator for tensors on {q.device.type}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"`{name}` must be a torch Tensor, got {type(x).__name__}.")

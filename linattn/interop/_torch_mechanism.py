@@ -17,7 +17,7 @@ from linattn.engines.linear import LinearState
 from linattn.engines.loglinear import LogLinearState
 from linattn.interop import _kernels
 from linattn.interop._specs import value_of
-from linattn.interop._torch_ops import LIBRARY, OPS, accumulator, below_autograd, fresh, register, view
+from linattn.interop._torch_ops import LIBRARY, OPS, accumulator, below, fresh, register, view
 
 STATE = "Tensor? sums, Tensor? rest, Tensor? gauge"
 REST = "Tensor? key_mask, Tensor? cu_seqlens, str mechanism, bool causal, SymInt first"
@@ -89,8 +89,7 @@ class _Mechanism(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Any:
         ctx.save_for_backward(*args[:N_TENSORS])
         ctx.options, sums = args[N_TENSORS:], args[3]
-        with below_autograd():
-            results = OPS.mechanism.default(*args)
+        results = below(OPS.mechanism.default, args)
         ctx.mark_non_differentiable(*results[2:], *([] if sums is not None else [results[1]]))
         return results
 

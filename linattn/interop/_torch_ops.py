@@ -174,8 +174,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         q, k, v, sums, rest, turn_q, turn_k, key_mask, cu_seqlens, *ctx.options = args
-        with below_autograd():
-            results = OPS.linear.default(*args)
+        results = below(OPS.linear.default, args)
         _, den, after, rest_after = results
         ctx.save_for_backward(q, k, v, den, sums, rest, turn_q, turn_k, key_mask, cu_seqlens)
         ctx.mark_non_differentiable(den, rest_after, *([] if sums is not None else [after]))
@@ -196,8 +195,7 @@ class _Softmax(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Any:
         *tensors, ctx.scale, ctx.causal, ctx.offset = args
         ctx.save_for_backward(*tensors)
-        with below_autograd():
-            return OPS.softmax.default(*args)
+        return below(OPS.softmax.default, args)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -229,6 +227,26 @@ def below_autograd() -> Any:
 
 
 DERIVATIVES: dict[Any, Any] = {}  # of each operator, its autograd function
+KERNELS: dict[Any, Any] = {}  # of each operator, its kernel on the CPU
+OWN = (Tensor, torch.nn.Parameter)  # tensors that are no subclass with a dispatch of its own
+
+
+def is_undisturbed() -> bool:
+    """Whether the dispatcher would go straight to the kernel: no transform, mode, trace or profiler listens."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def below(operator: Any, args: tuple[Any, ...]) -> Any:
+    """The operator without its derivative: its kernel at once where the dispatcher would only look it up."""
+    if is_undisturbed() and all(type(x) in OWN and x.is_cpu for x in args if isinstance(x, Tensor)):
+        return KERNELS[operator](*args)
+    with below_autograd():
+        return operator(*args)
 
 
 def directly(operator: Any, args: tuple[Any, ...]) -> Any:
@@ -237,14 +255,13 @@ def directly(operator: Any, args: tuple[Any, ...]) -> Any:
         for x in args:
             if isinstance(x, Tensor) and x.requires_grad:
                 return DERIVATIVES[operator].apply(*args)
-    with below_autograd():
-        return operator(*args)
+    return below(operator, args)
 
 
 def register(name: str, kernel: Any, fake: Any, rule: Any, derivative: Any) -> None:
     """The operator's registrations. `derivative`: an autograd function of its arguments, or None if it has none."""
     operator = getattr(OPS, name).default
-    DERIVATIVES[operator] = derivative
+    DERIVATIVES[operator], KERNELS[operator] = derivative, kernel
 
     def plain(*args: Any) -> Any:
         with below_autograd():
@@ -349,6 +366,6 @@ register("softmax_backward", _softmax_backward, _softmax_backward_fake, _softmax
 register("turns", _turns, _turns_fake, _turns_vmap, None)
 
 __all__ = [
-    "LIBRARY", "OPS", "SECOND_ORDER",
-    "accumulator", "below_autograd", "directly", "fresh", "register", "tensor", "view",
+    "LIBRARY", "OPS", "OWN", "SECOND_ORDER",
+    "accumulator", "below", "directly", "fresh", "is_undisturbed", "register", "tensor", "view",
 ]  # fmt: skip

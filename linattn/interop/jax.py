@@ -15,7 +15,7 @@ import numpy as np
 
 from linattn import _arrays, _checks
 from linattn.engines.features import MAPS, find
-from linattn.interop import _kernels
+from linattn.interop import _cuda, _kernels
 from linattn.interop._kernels import LinearOptions, SoftmaxOptions
 from linattn.mechanisms.attention import Attention as Mechanism
 from linattn.mechanisms.attention import Call, State
@@ -25,6 +25,7 @@ from linattn.mechanisms.log_feature_attention import LogFeatureAttention
 from linattn.mechanisms.softmax import Softmax
 
 Array = Any
+GPU = ("gpu", "cuda")  # what JAX calls the platform
 jax.tree_util.register_dataclass(State, data_fields=["arrays", "start", "position"], meta_fields=["attend"])
 
 
@@ -53,9 +54,10 @@ def attention(
         See `CosFormer.__call__`.
     cu_seqlens : sequence of int, optional
         Edges of packed sequences: numbers, for they decide shapes; a traced array is refused.
-    backend : {"reference", "numba"}, optional
+    backend : {"reference", "numba", "cupy"}, optional
         "reference", the default: array code with all of JAX's derivatives, on any device. "numba": the compiled CPU
-        kernels through `jax.pure_callback`, with a derivative in reverse mode; pays from about 1000 tokens on.
+        kernels through `jax.pure_callback`, with a derivative in reverse mode; pays from about 1000 tokens on. "cupy":
+        CuPy's kernels on arrays of one NVIDIA GPU, with a derivative in reverse mode, and not under `jit`.
 
     Returns
     -------
@@ -91,9 +93,9 @@ def attention(
             raise TypeError(f"`{name}` must be a jax.Array, got {type(x).__name__}.")
     edges = _edges(cu_seqlens, q, k)
     options = {} if positions is None else {"positions": positions}
+    if backend == "cupy":
+        return _on_gpu(q, k, v, mechanism, causal, key_mask, edges, options)
     if backend != "numba":
-        if backend is not None and backend != "reference":
-            raise _checks.backend_lacks(backend, "way to JAX arrays")
         return mechanism(q, k, v, causal=causal, key_mask=key_mask, cu_seqlens=edges, **options)
     return _compiled(q, k, v, mechanism, causal, key_mask, edges, positions)
 
@@ -277,5 +279,62 @@ def _any_backward(static: Any, saved: Any, d_out: Array) -> Any:
 
 
 _any.defvjp(_any_forward, _any_backward)
+
+
+# -- CuPy's kernels -------------------------------------------------------------------------------------------------
+
+
+def _device_of(x: Array) -> Any:
+    """The one device of an array that has values."""
+    return next(iter(x.devices()))
+
+
+def _on_gpu(
+    q: Array, k: Array, v: Array, mechanism: Any, causal: bool, key_mask: Any, edges: Any, options: dict[str, Any]
+) -> Array:
+    if options:
+        raise _checks.backend_lacks("cupy", "way to JAX's `positions`")
+    xp = _checks.queries_keys_values(q, k, v)
+    call, _ = mechanism._checked(q, k, v, causal, key_mask, None, None, xp)
+    mechanism._refuse(call, streaming=False)
+    return _cupy_call((mechanism, call.causal, edges), q, k, v, key_mask)
+
+
+def _values(static: Any, *arrays: Array) -> int:
+    """The number of the device of arrays whose values are there; refuses others."""
+    given = [x for x in arrays if x is not None]
+    for x in given:
+        if isinstance(x, jax.core.Tracer):
+            context = f"`backend='cupy'` runs at once, it cannot be traced: got a traced array for `{static[0]!r}`."
+            raise jax.errors.ConcretizationTypeError(x, context)
+    devices = [_device_of(x) for x in given]
+    if any(x != devices[0] for x in devices):
+        raise ValueError(f"All arrays must be on one device, got {', '.join(map(str, devices))}.")
+    if devices[0].platform not in GPU:
+        raise _checks.backend_lacks("cupy", f"way to JAX arrays on {devices[0].platform}")
+    _cuda.wanted("cupy")
+    return devices[0].local_hardware_id or 0
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cupy_call(static: Any, q: Array, k: Array, v: Array, mask: Any) -> Array:
+    return _cupy_forward(static, q, k, v, mask)[0]
+
+
+def _cupy_forward(static: Any, q: Array, k: Array, v: Array, mask: Any) -> Any:
+    attend, causal, edges = static
+    with _cuda.on_device(_values(static, q, k, v, mask)):
+        out, _ = _cuda.vjp(attend, q, k, v, mask, edges, {"causal": causal})
+        return jnp.from_dlpack(out), (q, k, v, mask)
+
+
+def _cupy_backward(static: Any, saved: Any, d_out: Array) -> Any:
+    attend, causal, edges = static
+    with _cuda.on_device(_values(static, d_out, *saved)):
+        grads = _cuda.backward(attend, d_out, saved, edges, causal)
+        return *map(jnp.from_dlpack, grads), None
+
+
+_cupy_call.defvjp(_cupy_forward, _cupy_backward)
 
 __all__ = ["attention"]
