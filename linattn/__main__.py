@@ -65,6 +65,7 @@ def build_parser() -> Parser:
     audit.add_argument("--json", metavar="F", help="write all figures, and what they were measured on, to this file")
     audit.add_argument("--md", metavar="F", help="write the tables: Markdown, or reStructuredText if it ends in .rst")
     audit.add_argument("--against", metavar="FILE", help="fail if a figure of this earlier --json has grown")
+    audit.add_argument("--jobs", type=_jobs, metavar="N", help="processes at a time; by default one a core, up to 4")
     audit.add_argument("--peers", action="store_true", help="measure other libraries that are installed, too")
 
     commands.add_parser("info", help="versions, backends and why one is missing, processor, threads, kernel cache")
@@ -74,6 +75,12 @@ def build_parser() -> Parser:
 def _layer(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"must be a layer's number, got {text!r}")
+    return int(text)
+
+
+def _jobs(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of processes, got {text!r}")
     return int(text)
 
 
@@ -148,7 +155,8 @@ def audit(arguments: argparse.Namespace) -> int:
         def step(what: str) -> None:
             bar.update(task, description=what, advance=1)
 
-        report = job.audit(names, arguments.backend, arguments.full, before, notes, arguments.peers, step)
+        processes = arguments.jobs or job.processes()
+        report = job.audit(names, arguments.backend, arguments.full, before, notes, arguments.peers, processes, step)
     if json_file is not None:
         write(json_file, job.as_json(report))
     if text_file is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from linattn import _checks, backends
 from linattn._cli import Refused
 from linattn._cli.info import THREAD_VARIABLES, numpy_build, processor, versions
-from linattn.audit import peers, subjects, survey, tables, verdict
+from linattn.audit import peers, subjects, survey, tables, verdict, workers
 from linattn.audit.survey import Figure
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Step = Callable[[str], None]
 WIDTH = 110
+MOST_PROCESSES = 4
 
 
 @dataclass
@@ -78,7 +79,7 @@ def check_backend(backend: str | None, names: list[str]) -> list[str]:
     if backend not in survey.BACKENDS:
         raise Refused(f"`--backend` must be one of {', '.join(survey.BACKENDS)} for an audit, got {backend!r}.")
     notes = []
-    values = [attend for name in names for attend in subjects.SUBJECTS[name](1)]
+    values = [subjects.of_channels(attend, 2) for name in names for attend in subjects.SUBJECTS[name](1)]
     for file in dict.fromkeys(file for attend in values for file in subjects.ENGINES[subjects.engine_of(attend)]):
         reason = backends.load(backend, file)
         if isinstance(reason, str):
@@ -109,18 +110,25 @@ def count_steps(names: list[str], full: bool, others: bool) -> int:
     return sum(1 for _ in survey.cases(names, full)) + (len(peers.PEERS) if others else 0)
 
 
+def processes() -> int:
+    """How many by default: memory and what they have in common make more of them no faster."""
+    return min(workers.cores(), MOST_PROCESSES)
+
+
 def audit(
-    names: list[str], backend: str | None, full: bool, before: list[Figure], notes: list[str], others: bool, step: Step
-) -> Report:
+    names: list[str], backend: str | None, full: bool, before: list[Figure], notes: list[str], others: bool,
+    processes: int, step: Step,
+) -> Report:  # fmt: skip
     """Measure, and judge; of other libraries nothing is judged."""
     start = time.perf_counter()
-    figures = survey.survey(names, backend=backend, full=full, step=step)
+    figures = survey.survey(names, backend=backend, full=full, processes=processes, step=step)
     theirs = peers.ask_all(step) if others else []
     missing = survey.missing_oracles()
     notes = notes + [f"{name}: {why}; what this oracle judges is left out." for name, why in missing.items()]
     header = {
         "mode": "full" if full else "quick",
         "seconds": round(time.perf_counter() - start, 1),
+        "processes": processes,
         "versions": versions(),
         "processor": processor(),
         "BLAS": numpy_build()["BLAS"],

@@ -20,7 +20,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-__all__ = ["chunk_of", "depth", "feature_error", "gauge_bits", "projection_depth", "score_error"]
+__all__ = ["CALIBRATED", "chunk_of", "depth", "feature_error", "gauge_bits", "matched_error", "projection_depth",
+           "score_error"]  # fmt: skip
 
 FEATURE_ERROR = {"identity": 0.0, "relu": 0.0, "elu1": 2.0, "exp": 2.0}  # in u
 EXPONENTIAL = ("elu1", "exp")  # may underflow where they are not zero
@@ -121,3 +122,15 @@ def gauge_bits(dtype: str) -> int:
 def projection_depth(n_channels: int) -> float:
     """Roundings of a row of W times sqrt(scale) x: D products and their sum; the root, and its product with x."""
     return n_channels + 2
+
+
+CALIBRATED = 3  # roundings more where x' = A x and y' = A^-1 (y - c): a difference, a reciprocal, a product
+
+
+def matched_error(n_queries: int, n_keys: int) -> float:
+    """Relative error of LLN's matched scales over that of their arithmetic; counts are of numbers, not of tokens.
+
+    sigma^2 is a sum of n squares of differences, n + 3 roundings; chi = (sigma_q^2 sigma_k^2 - b) / a with b < 0 loses
+    nothing; alpha = sqrt(chi / 2) / sigma_q takes half of both and half of its own again.
+    """
+    return 1.5 * (n_queries + n_keys + 6) + 6

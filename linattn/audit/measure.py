@@ -91,9 +91,14 @@ def ulps(got: ArrayLike, want: ArrayLike) -> Ulps:
         return Ulps(0.0, 0.0, 0.0)
     _, exponent = np.frexp(want)  # |want| in [2^(exponent - 1), 2^exponent)
     spacing = np.ldexp(1.0, np.maximum(exponent - 1, least) + 1 - bits)
-    errors = abs(got - want) / spacing
-    p50, p99, most = (float(x) for x in np.percentile(errors, [50, 99, 100]))
-    return Ulps(p50, p99, most)
+    errors = np.sort((abs(got - want) / spacing).ravel())  # NaN comes last
+
+    def percentile(p: float) -> float:
+        at = p / 100 * (errors.size - 1)
+        low, high = errors[int(at)], errors[min(int(at) + 1, errors.size - 1)]
+        return float(low + (high - low) * (at - int(at)))
+
+    return Ulps(percentile(50), percentile(99), float(errors[-1]))
 
 
 # -------------------------------------------------------------------------------------------------- oracle

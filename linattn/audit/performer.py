@@ -114,8 +114,17 @@ def operands(q: Array, k: Array, projection: Any, scale: Any, calibration: Any) 
         y = y - np.asarray(c)[..., None, :]
     if a is not None:
         a = np.asarray(a)
-        x, y = x @ np.swapaxes(a, -1, -2), y @ np.linalg.inv(a)
+        x, y = x @ np.swapaxes(a, -1, -2), y @ inverse(a, number)
     return x, y, w, spread
+
+
+def inverse(a: Array, number: Any) -> Array:
+    """A^-1 in float64, and with one step of Newton's in a longer format."""
+    x = np.linalg.inv(a)
+    if number is np.float64:
+        return x
+    x = x.astype(number)
+    return x @ (2 * np.eye(a.shape[-1], dtype=number) - a @ x)
 
 
 # -------------------------------------------------------------------------------- generalised and trigonometric

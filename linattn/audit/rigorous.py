@@ -20,6 +20,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from linattn.audit import quadratic
 from linattn.audit.combiner import plans_of
+from linattn.audit.lln import PAPER
 
 __all__ = ["BITS", "RULES", "Enclosure", "Places", "distance", "enclose", "midpoints", "missing"]
 
@@ -56,6 +58,18 @@ def precision() -> Iterator[Any]:
         yield flint
     finally:
         flint.ctx.prec, flint.ctx.cap = bits, terms
+        _known.clear()
+
+
+_known: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # kept for one enclosure, in which parameters do not change
+
+
+def once(make: Callable[..., Any], *rows: Row) -> Any:
+    """`make(*rows)`, made once for rows that are the same lists: a derivative moves one of many."""
+    at = (make.__code__, *map(id, rows))
+    if at not in _known:
+        _known[at] = make(*rows), rows  # the rows, lest their ids come again
+    return _known[at][0]
 
 
 # --------------------------------------------------------------------------------------------------- rules
@@ -88,13 +102,13 @@ FEATURE_MAPS: dict[str, Callable[[Any], Any]] = {
 
 
 def dot(x: Row, y: Row) -> Any:
-    return sum((a * b for a, b in zip(x, y, strict=True)), start=arb(0))
+    return sum(map(mul, x, y), start=arb(0))
 
 
 def arb(x: Any) -> Any:
-    """The ball of exactly x: an integer, a float, or a fraction."""
+    """The ball of exactly x: an integer, a float, a fraction, or a ball."""
     flint = library()
-    if isinstance(x, Fraction):
+    if type(x) is Fraction:
         return flint.arb(flint.fmpq(x.numerator, x.denominator))
     return flint.arb(x)
 
@@ -150,37 +164,93 @@ def softmax(x: Row, keys: list[Row], at: Places, *, scale: float | None = None) 
     return normalised([factor * dot(x, y) for y in keys])
 
 
-def by_logs(x: Row, keys: list[Row]) -> Row:
-    """a[t, s] = sum_r exp(lq_r + lk[s, r] - top): any top, it cancels."""
-    sums = [[a + b for a, b in zip(x, y, strict=True)] for y in keys]
-    top = max((float(real(a).mid()) for row in sums for a in row), default=0.0)
-    return [sum(((a - top).exp() for a in row), start=arb(0)) for row in sums]
+def by_logs(x: Row, y: Row) -> Any:
+    """sum_r exp(lq_r + lk_r): exponents of balls have no limit"""
+    return sum(((a + b).exp() for a, b in zip(x, y, strict=True)), start=arb(0))
 
 
 def performer(
     x: Row, keys: list[Row], at: Places, *, projection: Callable[[int], Any], features: str = "positive",
     scale: float | None = None, eps: float | None = None, calibration: Any = None, **_: Any,
 ) -> Row:  # fmt: skip
-    """A[t, s] = sum_r exp(w_r . x + w_r . y_s - |y_s|^2 / 2) / c_t, or f(W x) + eps in place of exponentials."""
-    if calibration is not None or features not in ("positive", "hyperbolic", "relu"):
-        raise ValueError(f"There is no rule for features={features!r}, or with a calibration.")
-    root = arb(scale).sqrt() if scale is not None else arb(max(len(x), 1)).rsqrt().sqrt()
-    w = [[arb(float(a)) for a in row] for row in projection(len(x))]
+    """A[t, s] = sum_r exp(w_r . x' + w_r . y'_s - |y'_s|^2 / 2) / c_t, or other features in place of exponentials.
+
+    x' = A x,  y' = A^-1 (y - c), of diagonal A; x and y with the root of the scale.
+    """
+    if features not in ("positive", "hyperbolic", "relu", "trig"):
+        raise ValueError(f"There is no rule for features={features!r}.")
+    n = len(x)
+    root = arb(scale).sqrt() if scale is not None else arb(max(n, 1)).rsqrt().sqrt()
+    w = [[arb(float(a)) for a in row] for row in projection(n)]
     w = [*w, *([-a for a in row] for row in w)] if features == "hyperbolic" else w
-    x, *keys = ([root * a for a in y] for y in (x, *keys))
-    of_x, *of_keys = ([dot(row, y) for row in w] for y in (x, *keys))
-    if features == "relu":
-        added = arb(1e-3 if eps is None else eps)
-        phi, *phi_k = ([FEATURE_MAPS["relu"](a) + added for a in row] for row in (of_x, *of_keys))
-        return over_divisor([dot(phi, y) for y in phi_k], "safe")
-    norms = [dot(y, y) / 2 for y in keys]
-    return over_divisor(by_logs(of_x, [[a - n for a in row] for row, n in zip(of_keys, norms, strict=True)]), "safe")
+    stretch, shift = diagonal(calibration, n)
+
+    def side(y: Row, is_key: bool) -> tuple[Row, Any]:
+        """W y' and |y'|^2 / 2."""
+        if is_key:
+            y = [(root * a - c) / f for a, c, f in zip(y, shift, stretch, strict=True)]
+        else:
+            y = [root * a * f for a, f in zip(y, stretch, strict=True)]
+        return [dot(row, y) for row in w], dot(y, y) / 2
+
+    def of_query(y: Row) -> Row:
+        u, _ = side(y, False)
+        if features == "trig":
+            return [*(a.cos() for a in u), *(a.sin() for a in u)]
+        return [FEATURE_MAPS["relu"](a) + added for a in u] if features == "relu" else u
+
+    def of_key(y: Row) -> Row:
+        u, half = side(y, True)
+        if features == "trig":
+            return [half.exp() * b for b in (*(a.cos() for a in u), *(a.sin() for a in u))]
+        return [FEATURE_MAPS["relu"](a) + added for a in u] if features == "relu" else [a - half for a in u]
+
+    def similarity(x: Row, y: Row) -> Any:
+        of = dot if features in ("relu", "trig") else by_logs
+        return of(once(of_query, x), once(of_key, y))
+
+    added = arb(1e-3 if eps is None else eps)
+    return over_divisor([once(similarity, x, y) for y in keys], "safe")
 
 
-def lln(x: Row, keys: list[Row], at: Places, *, alpha: float, beta: float, **_: Any) -> Row:
-    """A[t, s] = sum_r exp(alpha x_r + beta y_r) / c_t, alpha and beta given"""
-    of_keys = [[arb(beta) * a for a in y] for y in keys]
-    return over_divisor(by_logs([arb(alpha) * a for a in x], of_keys), "safe")
+def diagonal(calibration: Any, n: int) -> tuple[Row, Row]:
+    """A and c of a calibration; 1 and 0 without one."""
+    a, c = (*(calibration or ()), None, None)[:2]
+    if a is not None and np.count_nonzero(a) > n:
+        raise ValueError("There is no rule for a calibration that mixes channels.")
+    stretch = np.ones(n) if a is None else np.diagonal(a)
+    shift = np.zeros(n) if c is None else np.asarray(c)
+    return [arb(float(x)) for x in stretch], [arb(float(x)) for x in shift]
+
+
+def lln(x: Row, keys: list[Row], at: Places, *, alpha: Any, beta: Any, **_: Any) -> Row:
+    """A[t, s] = sum_r exp(alpha x_r + beta y_r) / c_t, with alpha and beta given or matched"""
+
+    def similarity(x: Row, y: Row) -> Any:
+        return by_logs([arb(alpha) * a for a in x], [arb(beta) * a for a in y])
+
+    return over_divisor([once(similarity, x, y) for y in keys], "safe")
+
+
+def matched(q: list[Row], k: list[Row], mask: NDArray[np.bool_], calibration: Any) -> dict[str, Any]:
+    """alpha and beta of one head: constants, whatever moves."""
+    if calibration != "paper":
+        raise ValueError(f"There is no rule for calibration={calibration!r}.")
+    seen = [y for y, is_seen in zip(k, mask, strict=True) if is_seen]
+    of_q, of_k = (
+        variance([x for x, is_seen in zip(q, mask, strict=True) if is_seen] if len(q) == len(k) else q),
+        variance(seen),
+    )
+    a, b = (arb(x) for x in PAPER)
+    half = (of_q * of_k - b) / a / 2
+    return {"alpha": (half / of_q).sqrt(), "beta": (half / of_k).sqrt()}
+
+
+def variance(rows: list[Row]) -> Any:
+    """Of all numbers, their count less 1."""
+    numbers = [a for row in rows for a in row]
+    mean = sum(numbers, start=arb(0)) / len(numbers)
+    return sum(((a - mean) ** 2 for a in numbers), start=arb(0)) / (len(numbers) - 1)
 
 
 def lln_diag(
@@ -305,6 +375,8 @@ def enclose(
     rows = list(range(n_queries)) if rows is None else rows
     with precision() as flint:
         queries, keys, values = (balls(x).tolist() for x in (q, k, v))
+        if parameters.get("alpha", 0) is None:
+            parameters |= matched(queries, keys, mask, parameters["calibration"])
         cotangents = None if d_out is None else balls(np.asarray(d_out, dtype=float)).tolist()
         out, absolute, d_q = balls(np.zeros((3, len(rows), v.shape[1]))) if d_out is None else (
             *balls(np.zeros((2, len(rows), v.shape[1]))), balls(np.zeros((len(rows), q.shape[1])))

@@ -7,12 +7,14 @@ causality and seed alone make one figure, the worst of them: a sampled maximum, 
     sizes      0, 1, 2 and around the chunks                         the same
     balls      a few tokens, both directions                         ball arithmetic: these figures are proved
     streams    `step_vjp` in three steps, cotangents through states   as families
+    merges     a step after two states that were merged               as families
     weights    `weights`: the forward of the identity                 as families
     long       10 000 tokens; with `full` to a million, forward      sums in float64; some rows in long double
 """
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from linattn import backends
-from linattn.audit import bounds, families, measure, quadratic, rigorous, subjects
+from linattn.audit import bounds, families, measure, quadratic, rigorous, subjects, truth_logs, workers
 from linattn.audit.truth import KINDS, largest_error, truth
 from linattn.audit.units import PASSES, Arithmetic, Truth, extended, missing_extended
 
@@ -47,6 +49,8 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 BACKENDS = ("reference", "numba")  # rooms that take NumPy arrays
 STREAMED = ("gaussian", "v + 1e2", "real")
 CUTS = (0, 50, 51, TOKENS)  # steps of many tokens, of one, and across a chunk
+PARTS = (0, 48, 96, TOKENS)  # what is merged, and what follows: blocks of 16 end there, and Combiner's spans
+KERNELS = {"loglinear": "logs", "softmax": "logs", "blocks": "logs"}  # engines whose cases share compiled kernels
 SIZES = (0, 1, 2, 47, 48, 49, 63, 64, 65, 95, 96, 97)
 
 
@@ -55,7 +59,7 @@ class Case:
     """One call on one family of inputs, judged by one oracle."""
 
     attend: Any
-    kind: str  # families, sizes, balls, streams, weights, long
+    kind: str  # families, sizes, balls, streams, merges, weights, long
     family: str
     dtype: str
     causal: bool
@@ -67,8 +71,16 @@ class Case:
     repeat: int = 0
 
     @property
+    def value(self) -> Any:
+        return subjects.of_channels(self.attend, self.d)
+
+    @property
     def engine(self) -> str:
-        return subjects.engine_of(self.attend)
+        return subjects.engine_of(self.value)
+
+    @property
+    def through_states(self) -> bool:
+        return self.kind in ("streams", "merges")
 
     @property
     def seed(self) -> int:
@@ -126,16 +138,17 @@ def missing_oracles() -> dict[str, str]:
 
 def cases(names: list[str], full: bool) -> Iterator[Case]:
     """All calls of an audit of these mechanisms, cheap ones first."""
+    quick = not full
     for name in names:
         values = subjects.SUBJECTS[name]
         for attend in values(TOKENS):
             plain = Case(attend, "families", "gaussian", "float64", False)
-            both = [plain, replace(plain, causal=True)]
+            both = [plain, *([replace(plain, causal=True)] if subjects.may_be_causal(attend) else [])]
             for case in both:
                 for dtype in DTYPES[:2]:
                     for family in BALLS:
                         yield replace(case, kind="balls", family=family, dtype=dtype, n=FEW, m=FEW, d=3, e=2)
-                    for family in families.FAMILIES:
+                    for family in NARROW if quick and subjects.is_variant(attend) else families.FAMILIES:
                         for repeat in range(3 if full else 1):
                             yield replace(case, family=family, dtype=dtype, repeat=repeat)
                     for n in SIZES:
@@ -146,17 +159,38 @@ def cases(names: list[str], full: bool) -> Iterator[Case]:
                         yield replace(case, kind="sizes", dtype=dtype, n=130, m=7)
                     for family in STREAMED if case.causal else ():
                         yield replace(case, kind="streams", family=family, dtype=dtype)
+                        yield replace(case, kind="merges", family=family, dtype=dtype)
                     yield replace(case, kind="weights", dtype=dtype, n=TOKENS // 2, m=TOKENS // 2, backward=False)
+                if quick and getattr(attend, "feature_map", "") == "exp":
+                    continue  # kernels of its own, and half a minute to compile them
                 for dtype in DTYPES[2:]:
-                    for family in families.FAMILIES if full else NARROW:
+                    for family in NARROW if quick else families.FAMILIES:
                         yield replace(case, family=family, dtype=dtype)
         for n in (*LONG, *(LONGER if full else ())):
             for attend in values(n):
-                if subjects.engine_of(attend) in QUADRATIC:
+                if not has_long_sums(attend):
                     continue
                 for family in LONG_FAMILIES:
                     for dtype in DTYPES[:2]:
                         yield Case(attend, "long", family, dtype, True, n, n, backward=False)
+
+
+def has_long_sums(attend: Any) -> bool:
+    """Whether its definition can be summed in linear time, causally."""
+    value = subjects.of_channels(attend, D)
+    is_linear = subjects.engine_of(value) not in QUADRATIC
+    return is_linear and subjects.may_be_causal(value) and not subjects.is_signed(value)
+
+
+def groups(plan: list[Case]) -> list[list[int]]:
+    """Which cases one process does: those that call the same compiled kernels, long ones first."""
+    found: dict[tuple[int, str], list[int]] = {}
+    for i, case in enumerate(plan):
+        kernels = KERNELS.get(case.engine, case.engine)
+        narrow = case.dtype if kernels != "combiner" or case.dtype == "float64" else "float32"
+        found.setdefault((DTYPES.index(narrow), kernels), []).append(i)
+    order = ("logs", "linear", "combiner")
+    return [found[at] for at in sorted(found, key=lambda at: (at[0], order.index(at[1])))]
 
 
 # -------------------------------------------------------------------------------------------- one case
@@ -180,27 +214,36 @@ def drawn(case: Case) -> tuple[families.Inputs, Array] | None:
 
 
 def results(case: Case, inputs: families.Inputs, d_out: Array, backend: str) -> dict[str, Array]:
-    """What the library makes of it."""
-    options = {"causal": case.causal, "backend": backend}
+    """What the library makes of it; what it says of signed features the tables say as well."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* has signed features", category=RuntimeWarning)
+        return called(case, inputs, d_out, backend)
+
+
+def called(case: Case, inputs: families.Inputs, d_out: Array, backend: str) -> dict[str, Array]:
+    """By the verb that is audited."""
+    attend, options = case.value, {"causal": case.causal, "backend": backend}
     if inputs.key_mask is not None:
         options["key_mask"] = inputs.key_mask
     if case.kind == "streams":
-        return streamed(case, inputs, d_out, backend)
+        return streamed(attend, inputs, d_out, backend)
+    if case.kind == "merges":
+        return merged(attend, inputs, d_out, backend)
     if case.kind == "weights":
-        return {"out": case.attend.weights(*inputs[:2], causal=case.causal)}
+        return {"out": attend.weights(*inputs[:2], causal=case.causal)}
     if not case.backward:
-        return {"out": case.attend(*inputs[:3], **options)}
-    out, backward = case.attend.vjp(*inputs[:3], **options)
+        return {"out": attend(*inputs[:3], **options)}
+    out, backward = attend.vjp(*inputs[:3], **options)
     return dict(zip(PASSES, (out, *backward(d_out)), strict=True))
 
 
-def streamed(case: Case, inputs: families.Inputs, d_out: Array, backend: str) -> dict[str, Array]:
+def streamed(attend: Any, inputs: families.Inputs, d_out: Array, backend: str) -> dict[str, Array]:
     """The same through states: forward step by step, and back from the last step to the first."""
     q, k, v = inputs[:3]
     steps: list[Any] = []
-    state = case.attend.init_state(k, v)
+    state = attend.init_state(k, v)
     for a, b in pairwise(CUTS):
-        y, state, backward = case.attend.step_vjp(q[a:b], k[a:b], v[a:b], state, backend=backend)
+        y, state, backward = attend.step_vjp(q[a:b], k[a:b], v[a:b], state, backend=backend)
         steps.append((slice(a, b), y, backward))
     d_state, grads = None, []
     for part, _, backward in reversed(steps):
@@ -210,12 +253,35 @@ def streamed(case: Case, inputs: families.Inputs, d_out: Array, backend: str) ->
     return {name: np.concatenate(column) for name, column in zip(PASSES, columns, strict=True)}
 
 
-def survey(names: list[str], *, backend: str | None = None, full: bool = False, step: Step) -> list[Figure]:
-    """Run the plan and give its figures; `step` is told of every case."""
+def merged(attend: Any, inputs: families.Inputs, d_out: Array, backend: str) -> dict[str, Array]:
+    """The rows of the last part, after the merged states of two parts that knew nothing of each other."""
+    q, k, v = inputs[:3]
+    parts = [slice(a, b) for a, b in pairwise(PARTS)]
+    states = []
+    for part in parts[:2]:
+        empty = attend.init_state(k, v, position=part.start)
+        states.append(attend.step(q[part], k[part], v[part], empty, backend=backend)[1])
+    last = parts[-1]
+    y, _, backward = attend.step_vjp(q[last], k[last], v[last], attend.merge(*states), backend=backend)
+    return dict(zip(PASSES, (y, *backward(d_out[last])[:3]), strict=True))
+
+
+def survey(
+    names: list[str], *, backend: str | None = None, full: bool = False, processes: int = 1, step: Step
+) -> list[Figure]:
+    """Run the plan and give its figures; `step` is told of every case. They do not depend on `processes`."""
+    plan = list(cases(names, full))
+
+    def job(i: int) -> list[Figure]:
+        return list(figures_of(plan[i], rooms(plan[i].engine, backend)))
+
+    found: dict[int, list[Figure]] = {}
+    for i, figures in workers.shared_out(job, groups(plan), processes):
+        step(f"{plan[i].attend!r}, {plan[i].kind}: {plan[i].family}")
+        found[i] = figures
     worst: dict[tuple[Any, ...], Figure] = {}
-    for case in cases(names, full):
-        step(f"{case.attend!r}, {case.kind}: {case.family}")
-        for figure in figures_of(case, rooms(case.engine, backend)):
+    for i in range(len(plan)):
+        for figure in found[i]:
             group = key(figure)
             worst[group] = worse(worst[group], figure) if group in worst else figure
     return list(worst.values())
@@ -249,20 +315,27 @@ def figures_of(case: Case, where: list[str]) -> Iterator[Figure]:
     if found is None:
         return
     inputs, d_out = found
+    attend = case.value
+    if not has_scales(attend, inputs):
+        return
     if case.kind == "long":
         yield from long_figures(case, inputs, where)
         return
-    arithmetic = Arithmetic(case.dtype, getattr(case.attend, "normalize", True), case.kind == "streams")
+    arithmetic = Arithmetic(case.dtype, getattr(attend, "normalize", True), case.through_states)
     if case.kind == "weights":
         inputs, d_out = inputs._replace(v=np.eye(case.m, dtype=d_out.dtype)), np.zeros((case.n, case.m), d_out.dtype)
-    exact = truth(case.attend, *inputs[:3], d_out, arithmetic, causal=case.causal, key_mask=inputs.key_mask)
+    if case.kind == "merges":
+        d_out[: PARTS[-2]] = 0  # so that the last rows of every cotangent are those of the last part
+    exact = truth(attend, *inputs[:3], d_out, arithmetic, causal=case.causal, key_mask=inputs.key_mask)
+    if case.kind == "merges":
+        exact = exact.rows(slice(PARTS[-2], None))
     balls, oracle = None, np.dtype(extended(case.dtype)).name
     if case.kind == "balls" and not exact.unclaimed:
         *args, g = (x.astype(float) for x in (*inputs[:3], d_out))
-        balls, oracle = rigorous.enclose(case.attend, *args, causal=case.causal, d_out=g), "balls"
+        balls, oracle = rigorous.enclose(attend, *args, causal=case.causal, d_out=g), "balls"
     if case.kind == "weights":
         where = where[:1]  # it has one room
-    if case.kind == "streams":
+    if case.through_states:
         where = [backend for backend in where if backend in STREAMING.get(case.engine, where)]
     for backend in where:
         got = results(case, inputs, d_out, backend)
@@ -276,9 +349,9 @@ def figure(
     error: Array | None = None,
 ) -> Figure:  # fmt: skip
     """The metrics of one result; `error` where something surer than a difference bounds it."""
-    n_features = subjects.n_rows(case.attend, case.d)
+    n_features = subjects.n_rows(case.value, case.d)
     depth = bounds.depth(case.engine, backend, arithmetic.sums, n_keys=max(case.n, case.m), n_features=n_features)
-    depth += len(CUTS) if case.kind == "streams" else 0  # a state is rounded once where it is handed on
+    depth += len(CUTS) if case.through_states else 0  # a state is rounded once where it is handed on
     want, terms, unit = exact.value[name], exact.terms[name], exact.unit(name, arithmetic, depth)
     wide = got.astype(want.dtype)
     error = abs(wide - want) if error is None else error
@@ -310,20 +383,33 @@ def figure(
     )  # fmt: skip
 
 
+def has_scales(attend: Any, inputs: families.Inputs) -> bool:
+    """Whether these inputs have the moments that a value of its own scales needs."""
+    q, k, _, key_mask = inputs
+    if subjects.may_be_causal(attend):
+        return True
+    if min(q.size, k.size) < 2:
+        return False
+    visible = quadratic.pairs_of(q, k, False, key_mask, None).visible
+    with np.errstate(all="ignore"):
+        found: Any = truth_logs.matched(attend, q.astype(float), k.astype(float), visible)
+    return bool(np.isfinite(found).all())
+
+
 def long_figures(case: Case, inputs: families.Inputs, where: list[str]) -> Iterator[Figure]:
     """Forward alone. float32 is judged by sums in float64, float64 on a few rows in extended precision."""
-    q, k, v = inputs[:3]
+    attend, (q, k, v) = case.value, inputs[:3]
     rows = None if case.dtype == "float32" else np.unique(np.linspace(0, case.n - 1, SAMPLED).astype(int))
     if rows is None:
-        answer = measure.by_sums(case.attend, *(x.astype(float) for x in (q, k, v)), causal=case.causal)
+        answer = measure.by_sums(attend, *(x.astype(float) for x in (q, k, v)), causal=case.causal)
         want, absolute, oracle = answer.out, answer.absolute, "float64, chunked"
     else:
         q, k, v = (x.astype(extended(case.dtype)) for x in (q, k, v))
-        formula = quadratic.formula_of(case.attend)
+        formula = quadratic.formula_of(attend)
         parts = [formula(q, k, x, causal=case.causal, rows=rows) for x in (v, abs(v))]
         want, absolute, oracle = *parts, f"{np.dtype(extended(case.dtype)).name}, {len(rows)} rows"
-    arithmetic = Arithmetic(case.dtype, getattr(case.attend, "normalize", True))
-    error = largest_error(case.attend, q, k, arithmetic)
+    arithmetic = Arithmetic(case.dtype, getattr(attend, "normalize", True))
+    error = largest_error(attend, q, k, arithmetic)
     exact = Truth({"out": want}, {"out": absolute}, {"out": error * absolute}, {"out": np.ones(())})
     for backend in where:
         got = results(case, inputs, q, backend)["out"]
@@ -344,6 +430,9 @@ def audited(names: list[str] | None) -> list[str]:
 
 def unjudged() -> list[str]:
     """Mechanisms of the table that lack a formula, a rule for balls, or a derivative."""
-    return [name for name, values in subjects.SUBJECTS.items()
-            if not (name in quadratic.FORMULAS and name in {**rigorous.RULES, **rigorous.WHOLE}
-                    and all(subjects.engine_of(attend) in KINDS for attend in values(TOKENS)))]  # fmt: skip
+
+    def is_judged(name: str, values: list[Any]) -> bool:
+        engines = {subjects.engine_of(subjects.of_channels(attend, D)) for attend in values}
+        return name in quadratic.FORMULAS and name in {**rigorous.RULES, **rigorous.WHOLE} and engines <= set(KINDS)
+
+    return [name for name, values in subjects.SUBJECTS.items() if not is_judged(name, values(TOKENS))]

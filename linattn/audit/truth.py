@@ -30,6 +30,7 @@ from linattn.audit.units import Arithmetic, Truth, centred, extended, pulled_bac
 __all__ = ["KINDS", "largest_error", "truth"]
 
 Array = NDArray[Any]
+SIGNED = "signed features: denominators may vanish"
 SPARE = 2.0**12  # between a term and the largest number: so many terms may be summed
 
 
@@ -109,7 +110,9 @@ def by_features(
             terms,
             arithmetic,
         )
-    if parameters.get("feature_map") in bounds.EXPONENTIAL:  # what underflows there is lost for good
+    if subjects.is_signed(attend):
+        unclaimed = SIGNED
+    elif parameters.get("feature_map") in bounds.EXPONENTIAL:  # what underflows there is lost for good
         sums = phi_k.sum(axis=1) + phi_q.sum(axis=1, keepdims=True)
         gone = q.dtype.type(arithmetic.tiny) * np.where(visible, sums + arithmetic.u, 0).sum(axis=1, keepdims=True)
         if (gone > abs(a.sum(axis=1, keepdims=True))).any():
@@ -126,6 +129,8 @@ def feature_errors(
         return e, e
     parameters = quadratic.formula_of(attend).parameters
     w, scale = abs(parameters["projection"](q.shape[1])), parameters["scale"] or max(q.shape[1], 1) ** -0.5
+    if subjects.is_signed(attend):  # of which nothing is claimed
+        return np.zeros((1, 1)), np.zeros((1, 1))
     made = bounds.MADE / arithmetic.u * bounds.projection_depth(q.shape[1]) * scale**0.5  # W x, in float64
     e_q, e_k = (2 + made * (abs(x).astype(float) @ w.T) / abs(phi) for x, phi in ((q, phi_q), (k, phi_k)))
     return e_q.astype(float), e_k.astype(float)

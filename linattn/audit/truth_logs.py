@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from linattn.audit import bounds, quadratic
+from linattn.audit.lln import scales
 from linattn.audit.performer import log_features
 from linattn.audit.truth_scores import by_scores
 from linattn.audit.units import (
@@ -26,9 +27,11 @@ from linattn.audit.units import (
     derivative_of,
 )
 
-__all__ = ["by_logs", "by_logs_and_blocks", "log_errors", "logarithms"]
+__all__ = ["by_logs", "by_logs_and_blocks", "log_errors", "logarithms", "matched"]
 
 Array = NDArray[Any]
+Scales = tuple[Any, Any] | None
+SMALL_LOGS = 64.0  # so small that exponentials of either side have every digit and nothing leaves the range
 
 
 class Exponents(NamedTuple):
@@ -40,7 +43,7 @@ class Exponents(NamedTuple):
     slopes_k: Array  # (M, R, D)
 
 
-def logarithms(attend: Any, q: Array, k: Array) -> tuple[Array, Array]:
+def logarithms(attend: Any, q: Array, k: Array, given: Scales = None) -> tuple[Array, Array]:
     """lq, lk; arguments may be complex."""
     parameters = quadratic.formula_of(attend).parameters
     name = type(attend).__name__
@@ -48,40 +51,68 @@ def logarithms(attend: Any, q: Array, k: Array) -> tuple[Array, Array]:
         names = ("projection", "features", "scale", "calibration", "eps")
         return log_features(q, k, **{x: parameters[x] for x in names})
     if name in ("LLN", "LLNDiag"):
-        if parameters["alpha"] is None:
-            raise ValueError(f"the bound holds for given alpha and beta, got {attend!r}.")
-        return parameters["alpha"] * q, parameters["beta"] * k
+        alpha, beta = given or (parameters["alpha"], parameters["beta"])
+        return alpha * q, beta * k
     return q, k  # Linear("exp")
 
 
-def exponents(attend: Any, q: Array, k: Array, arithmetic: Arithmetic) -> Exponents:
-    """What the making of the logarithms, in float64, and of their exponentials may do."""
+def matched(attend: Any, q: Array, k: Array, visible: NDArray[np.bool_]) -> Scales:
+    """alpha and beta of LLN where the call's own moments give them, constants as they are to its backward."""
+    if getattr(attend, "alpha", 0) is not None:
+        return None
+    if attend.calibration != "paper" or attend.statistics != "detached":
+        raise ValueError(f"the bound holds for the paper's line and detached statistics, got {attend!r}.")
+    known = visible[:1].T
+    found = scales(q, k, known if len(q) == len(k) else None, known, attend.calibration, attend.scope)
+    return found[0][0, 0], found[1][0, 0]
+
+
+def exponents(
+    attend: Any, q: Array, k: Array, arithmetic: Arithmetic, given: Scales = None, counted: tuple[int, int] = (0, 0)
+) -> Exponents:
+    """What the making of the logarithms, in float64, and of their exponentials may do.
+
+    `counted`: the numbers of q and of k that scales of the call's own are made of.
+    """
     parameters = quadratic.formula_of(attend).parameters
     made = bounds.MADE / arithmetic.u  # one rounding of float64, in u
     one = bounds.LOG_ERROR + np.zeros((1, 1))
     (N, D), M, eye = q.shape, len(k), np.eye(q.shape[1])
     if type(attend).__name__ == "Performer":
-        if parameters["calibration"] is not None or parameters["eps"]:
-            raise ValueError(f"the bound holds without calibration and eps, got {attend!r}.")
+        if parameters["eps"]:
+            raise ValueError(f"the bound holds without eps, got {attend!r}.")
         scale = parameters["scale"] or max(D, 1) ** -0.5
         w = abs(np.asarray(parameters["projection"](D), float))
         w = np.concatenate([w, w]) if parameters["features"] == "hyperbolic" else w
+        stretch, shift, more = calibrated(parameters["calibration"], D)
         x, y = (abs(z.astype(float)) * scale**0.5 for z in (q, k))
+        x, y = x * stretch, (y + shift) / stretch
         half = (y * y).sum(axis=1, keepdims=True) / 2
+        depth = bounds.projection_depth(D) + more
         return Exponents(
-            one + made * bounds.projection_depth(D) * (x @ w.T),
-            one + made * (bounds.projection_depth(D) + 3) * (y @ w.T + half),
-            np.broadcast_to(w * scale**0.5, (N, *w.shape)),
-            scale**0.5 * (w + y[:, None, :]),
+            one + made * depth * (x @ w.T),
+            one + made * (depth + 3 + more) * (y @ w.T + half),
+            np.broadcast_to(w * scale**0.5 * stretch, (N, *w.shape)),
+            scale**0.5 / stretch * (w + y[:, None, :]),
         )
-    alpha, beta = (parameters.get(name, 1.0) for name in ("alpha", "beta"))
-    rounded = made if "alpha" in parameters else 0.0
+    alpha, beta = given or (parameters.get(name, 1.0) for name in ("alpha", "beta"))
+    rounded = made * (1 + (bounds.matched_error(*counted) if given else 0)) if "alpha" in parameters else 0.0
     return Exponents(
         one + rounded * abs(alpha * q).astype(float),
         one + rounded * abs(beta * k).astype(float),
-        np.broadcast_to(abs(alpha) * eye, (N, D, D)),
-        np.broadcast_to(abs(beta) * eye, (M, D, D)),
+        np.broadcast_to(abs(float(alpha)) * eye, (N, D, D)),
+        np.broadcast_to(abs(float(beta)) * eye, (M, D, D)),
     )
+
+
+def calibrated(calibration: Any, n_channels: int) -> tuple[Array, Array, int]:
+    """|A|, |c| of x' = A x, y' = A^-1 (y - c), and how many roundings it adds; 1, 0 and none without it."""
+    if calibration is None:
+        return np.ones(n_channels), np.zeros(n_channels), 0
+    a, c = calibration[:2]
+    if a is None or np.count_nonzero(a) > n_channels:
+        raise ValueError('the bound holds for calibrations by rule="scale".')
+    return abs(np.diagonal(a)), abs(np.asarray(c)), bounds.CALIBRATED
 
 
 def log_errors(attend: Any, q: Array, k: Array, arithmetic: Arithmetic) -> float:
@@ -90,46 +121,63 @@ def log_errors(attend: Any, q: Array, k: Array, arithmetic: Arithmetic) -> float
     return float(of.error_q.max(initial=0) + of.error_k.max(initial=0))
 
 
+def similarities(lq: Array, lk: Array, visible: NDArray[np.bool_]) -> tuple[Array, float]:
+    """exp(lq + lk) over a number of each row, (N, M, R), 0 where not visible; the size of the logarithms that are."""
+    seen = visible[:, :, None]
+    size = float(abs(lq).max(initial=0) + abs(lk).max(initial=0))
+    if size <= SMALL_LOGS:
+        a = np.exp(lq)[:, None, :] * np.exp(lk)[None, :, :]
+        return (a if visible.all() else a * seen), size
+    logs = lq[:, None, :] + lk[None, :, :]
+    size = float(abs(np.where(seen & ~np.isneginf(logs), logs, 0)).max(initial=0))
+    logs = np.where(seen, logs, -np.inf)
+    top = logs.max(axis=(1, 2), keepdims=True, initial=-np.inf)
+    return np.exp(logs - np.where(np.isfinite(top), top, 0)), size
+
+
+def over_pairs(p: Array, x: Array) -> tuple[Array, Array]:
+    """sum_s p[t, s, r] x[t, s] for each query and sum_t for each key."""
+    return np.einsum("tsr,ts->tr", p, x), np.einsum("tsr,ts->sr", p, x)
+
+
 def by_logs(
     attend: Any, q: Array, k: Array, v: Array, g: Array, visible: NDArray[np.bool_], arithmetic: Arithmetic
 ) -> Truth:
     """a = sum_r exp(lq + lk); every term has an error of its own, that of its exponent."""
-    lq, lk = logarithms(attend, q, k)
-    of = exponents(attend, q, k, arithmetic)
-    logs = np.where(visible[:, :, None], lq[:, None, :] + lk[None, :, :], -np.inf)
-    top = logs.max(axis=(1, 2), keepdims=True, initial=-np.inf)
-    a = np.exp(logs - np.where(np.isfinite(top), top, 0))
+    given, seen = matched(attend, q, k, visible), int(visible.any(axis=0).sum())
+    lq, lk = logarithms(attend, q, k, given)
+    counted = (seen if len(q) == len(k) else len(q)) * q.shape[1], seen * q.shape[1]
+    of = exponents(attend, q, k, arithmetic, given, counted)
+    a, largest = similarities(lq, lk, visible)
     den = a.sum(axis=(1, 2), keepdims=True)
-    p = np.where(den == 0, 0, a / np.where(den == 0, 1, den))  # (N, M, R), its sum over s and r is 1
+    p = a / np.where(den == 0, 1, den)  # (N, M, R), its sum over s and r is 1
     weights = p.sum(axis=2)
     vc, size_vc = centred(v, visible, arithmetic)
     h, size_h = g @ vc.T, (abs(g) @ size_vc.T).astype(float)
     size, small = p.astype(float), weights.astype(float)
     size_h = size_h + (small * size_h).sum(axis=1, keepdims=True)
-    d_l = p * (h - (weights * h).sum(axis=1, keepdims=True))[:, :, None]
-    size_d_l = size * size_h[:, :, None]
     value = {"out": weights @ v, "d_v": weights.T @ g}
     terms = {"out": small @ abs(v).astype(float), "d_v": small.T @ abs(g).astype(float)}
-    derivatives = derivative_of(lambda a, b: logarithms(attend, a, b), q, k, d_l.sum(axis=1), d_l.sum(axis=0))
-    value["d_q"], value["d_k"] = derivatives
+    d_l = over_pairs(p, h - (weights * h).sum(axis=1, keepdims=True))
+    value["d_q"], value["d_k"] = derivative_of(lambda a, b: logarithms(attend, a, b, given), q, k, *d_l)
 
-    def back(d_l: Array) -> tuple[Array, Array]:
+    def back(of_q: Array, of_k: Array) -> tuple[Array, Array]:
         """Sizes of cotangents: |dl/dx| d_l, summed over r."""
-        return (
-            np.einsum("tr,trd->td", d_l.sum(axis=1), of.slopes_q),
-            np.einsum("sr,srd->sd", d_l.sum(axis=0), of.slopes_k),
-        )
+        return np.einsum("tr,trd->td", of_q, of.slopes_q), np.einsum("sr,srd->sd", of_k, of.slopes_k)
 
-    terms["d_q"], terms["d_k"] = back(size_d_l)
-    e = np.where(visible[:, :, None], of.error_q[:, None, :] + of.error_k[None, :, :], 0)  # over u
-    e = np.broadcast_to(e, size.shape)
-    of_pairs = np.where(size > 0, size * e, 0)  # a term that is 0 has no error
-    rows = of_pairs.sum(axis=(1, 2))
-    share = (of_pairs.sum(axis=2) + small * rows[:, None]) / 2  # of one weight
-    spread = (of_pairs.sum(axis=2) * size_h).sum(axis=1)
-    of_d_l = (of_pairs + size * rows[:, None, None]) / 2 * size_h[:, :, None] + size * spread[:, None, None]
+    terms["d_q"], terms["d_k"] = back(*over_pairs(size, size_h))
+    e = of.error_q[:, None, :] + of.error_k[None, :, :]  # over u
+    of_pairs = size * e
+    if not np.isfinite(e).all():
+        of_pairs = np.where(size > 0, of_pairs, 0)  # a term that is 0 has no error
+    of_weights = of_pairs.sum(axis=2)
+    rows = of_weights.sum(axis=1, keepdims=True)
+    share = (of_weights + small * rows) / 2  # of one weight
+    spread = (of_weights * size_h).sum(axis=1, keepdims=True)
     errors = {"out": share @ abs(v).astype(float), "d_v": share.T @ abs(g).astype(float)}
-    errors["d_q"], errors["d_k"] = back(of_d_l)
+    # of d_l: (of_pairs + size rows) / 2 size_h + size spread
+    parts = over_pairs(of_pairs, size_h / 2), over_pairs(size, rows * size_h / 2 + spread)
+    errors["d_q"], errors["d_k"] = back(*(x + y for x, y in zip(*parts, strict=True)))
 
     most_v, most_g = 1 + abs(v).max(initial=0), 1 + abs(g).max(initial=0)
     # products below the range: 1/2 <= den, and a key's feature, up to 2^G, may meet a query's that has vanished
@@ -141,8 +189,8 @@ def by_logs(
         "d_k": lost * most_g * steep_k * max(len(q), 1),
         "d_v": lost * most_g * max(len(q), 1),
     }
-    live = abs(logs[np.isfinite(logs) | np.isnan(logs)])
-    fits = bool((arithmetic.u * e <= FIRST_ORDER).all()) and bool((live < bounds.LOG_LIMIT).all())
+    most_e = np.where(visible, e.max(axis=2, initial=0), 0).max(initial=0)
+    fits = bool(arithmetic.u * most_e <= FIRST_ORDER) and bool(largest < bounds.LOG_LIMIT)
     unclaimed = "" if fits else NOT_SMALL
     return Truth(value, terms, errors, underflow, unclaimed, unclaimed)
 

@@ -58,6 +58,14 @@ class Truth(NamedTuple):
     unclaimed: str = ""  # why the bound is not claimed for these inputs; empty where it is
     unclaimed_backward: str = ""
 
+    def rows(self, rows: slice) -> Truth:
+        """These queries and keys alone."""
+        value, terms, errors, underflow = (
+            {name: x[rows] if x.ndim else x for name, x in part.items()}
+            for part in (self.value, self.terms, self.errors, self.underflow)
+        )
+        return Truth(value, terms, errors, underflow, self.unclaimed, self.unclaimed_backward)
+
     def unit(self, name: str, arithmetic: Arithmetic, depth: float) -> Array:
         """What T divides an error by: (D + 2 e / u) u A|v|, half without a denominator, and the underflow."""
         share = 1.0 if arithmetic.normalize else 0.5

@@ -71,8 +71,8 @@ def grown(figures: list[Figure], committed: list[Figure]) -> list[str]:
             found.append(f"{named(before)}: no longer measured.")
             continue
         figure = now[key(before)]
-        limit = GROWTH * before.werr + LUCK
-        if not figure.werr <= limit:
+        limit = None if before.ratio is None else GROWTH * before.werr + LUCK  # where nothing is claimed, nothing grows
+        if limit is not None and not figure.werr <= limit:
             found.append(f"{named(figure)}: {figure.werr:.3g} u, was {before.werr:.3g}.")
         if figure.ratio is None and before.ratio is not None:
             found.append(f"{named(figure)}: no longer claimed ({figure.note}).")
