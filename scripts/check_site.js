@@ -18,15 +18,10 @@ window.look = (() => {
 
   const over = (top, below) => [0, 1, 2].map((i) => top[3] * top[i] + (1 - top[3]) * below[i]);
 
-  function luminance(colour) {
-    const [r, g, b] = colour.slice(0, 3).map((x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  }
-
-  function ratio(a, b) {
-    const [x, y] = [luminance(a), luminance(b)].sort((x, y) => x - y);
-    return (y + 0.05) / (x + 0.05);
-  }
+  const light = Array.from({length: 256}, (_, x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  const luminance = (r, g, b) => 0.2126 * light[Math.round(r)] + 0.7152 * light[Math.round(g)] + 0.0722 * light[Math.round(b)];
+  const contrast = (x, y) => (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05);  // of luminances
+  const ratio = (a, b) => contrast(luminance(...a.slice(0, 3)), luminance(...b.slice(0, 3)));
 
   // what is behind an element, ancestors' backgrounds laid over each other
   function behind(element, known) {
@@ -109,9 +104,14 @@ window.look = (() => {
         page.fillStyle = `rgb(${back.map(Math.round)})`;
         page.fillRect(0, 0, 200, 200);
         page.drawImage(image, 0, 0, 200, 200);
-        const dots = page.getImageData(0, 0, 200, 200).data, ground = [...dots.slice(0, 3)];
-        let most = 1;
-        for (let i = 0; i < dots.length; i += 4) most = Math.max(most, ratio([dots[i], dots[i + 1], dots[i + 2]], ground));
+        const dots = page.getImageData(0, 0, 200, 200).data, ground = luminance(...dots.slice(0, 3));
+        let least = ground, greatest = ground;
+        for (let i = 0; i < dots.length; i += 4) {
+          const here = luminance(dots[i], dots[i + 1], dots[i + 2]);
+          if (here < least) least = here;
+          if (here > greatest) greatest = here;
+        }
+        const most = Math.max(contrast(least, ground), contrast(greatest, ground));
         if (!(most >= LEAST_LARGE)) faults.set(image, `a figure does not stand out, contrast ${most.toFixed(1)}: ${name(image)}`);
       }
       still.remove();

@@ -65,9 +65,9 @@ plt.show()
 # ------------------------------------
 #
 # LLN chooses alpha and beta so that its weights are as sharp as softmax's. The authors' line for that was fitted at
-# moderate temperatures and does not pass through the origin: for small queries and keys alpha grows without bound,
-# and the attention stays as sharp as at the line's end. By quadrature (``calibration="exact"``) it becomes uniform as
-# softmax does.
+# moderate temperatures and does not pass through the origin. So for small queries and keys the variance of ln A has a
+# floor, and alpha, which also multiplies the gradient, grows without bound. By quadrature (``calibration="exact"``)
+# attention becomes uniform as softmax does.
 
 sigmas = np.geomspace(0.1, 1.5, 13)
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
