@@ -49,6 +49,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "reset_modules": ("matplotlib", "house_style.dress"),
     "remove_config_comments": True,
+    "run_stale_examples": True,  # a program may be old and what it draws new
     "show_signature": False,
     "download_all_examples": False,
     "write_computation_times": False,
@@ -60,9 +61,11 @@ sphinx_gallery_conf = {
 html_theme = "pydata_sphinx_theme"
 html_title = f"linattn {release}"
 html_short_title = "linattn"
+html_favicon = "_static/mark.svg"
 html_static_path = ["_static"]
 html_css_files = ["linattn.css"]
 html_theme_options = {
+    "logo": {"image_light": "_static/mark.svg", "image_dark": "_static/mark.svg", "text": f"linattn {release}"},
     "show_prev_next": False,
     "navigation_with_keys": False,
     "header_links_before_dropdown": 7,

@@ -227,23 +227,19 @@ def look(browser: Browser, address: str, name: str, shots: Path | None) -> list[
     browser.size(*DESK)
     browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
     faults = visit(browser, address, name) + browser.evaluate("look.formulas()")
-    for (width, height), called in ((DESK, "desk"), (PHONE, "phone")):
+    for (width, height), mode in ((DESK, "light"), (DESK, "dark"), (PHONE, "dark")):
         browser.size(width, height)
-        faults += [f"{width} px wide: {x}" for x in browser.evaluate("look.overflow()")]
-        if shots:
-            shoot(browser, shots / f"{name.removesuffix('.html').replace('/', '-')}-{called}.png")
-    browser.size(*DESK)
-    for mode in ("light", "dark"):
         browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}])
-        faults += [f"{mode}: {x}" for x in browser.evaluate(f"look.contrast('{mode}')")]
-    if shots:
-        shoot(browser, shots / f"{name.removesuffix('.html').replace('/', '-')}-dark.png")
+        if (width, mode) != (DESK[0], "dark"):
+            faults += [f"{width} px wide: {x}" for x in browser.evaluate("look.overflow()")]
+        if (width, mode) != (PHONE[0], "dark"):
+            faults += [f"{mode}: {x}" for x in browser.evaluate(f"look.contrast('{mode}')")]
+        if shots:
+            shots.mkdir(parents=True, exist_ok=True)
+            picture = browser("Page.captureScreenshot", format="png")["data"]
+            page = name.removesuffix(".html").replace("/", "-")
+            (shots / f"{page}-{width}-{mode}.png").write_bytes(base64.b64decode(picture))
     return faults
-
-
-def shoot(browser: Browser, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(base64.b64decode(browser("Page.captureScreenshot", format="png")["data"]))
 
 
 def search(browser: Browser, address: str, term: str) -> list[str]:

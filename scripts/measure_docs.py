@@ -559,18 +559,19 @@ TABLES: dict[str, Callable[[], tuple[str, list[str], list[list[Any]]]]] = {
 UNCHECKED = "eps", "zero_rows", "speed", "combiner_cost", "growth"  # shares, times, and what takes a minute
 ERROR_TABLES = [name for name in TABLES if name not in UNCHECKED]
 GIVEN = {"tokens", "offset", "channels", "(3/4) to the number of channels", "layer"}  # columns that were put in
+FORMATS = {"times": ".1f", "KiB": ".0f", "error": ".2g"}
 NOISE = 2.0**-52  # below it an error of float64 is luck
 
 
 def shown(value: Any, unit: str) -> str:
     if isinstance(value, float):
-        return f"{value:.1f}" if unit == "times" else f"{value:.2g}"
+        return f"{value:{FORMATS[unit]}}"
     return f"``{value}``" if "(" in str(value) else str(value)
 
 
 def page(name: str, table: dict[str, Any], host: str) -> str:
     """The table in reStructuredText."""
-    unit = "times" if name == "speed" else "error"
+    unit = {"speed": "times", "memory": "KiB"}.get(name, "error")
     lines = [
         f".. Written by scripts/measure_docs.py {name}; not by hand.",
         "",
