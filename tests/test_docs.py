@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -148,6 +149,20 @@ def referenced(page):
 def test_every_public_name_is_documented(module):
     assert len(public(module)) > 0
     assert public(module) - referenced(text("docs/api/index.rst")) == set()
+
+
+def test_a_distance_that_moved_is_found():
+    """Closeness to softmax is compared both ways, within a hundredth."""
+    spec = importlib.util.spec_from_file_location("measure_docs", ROOT / "scripts" / "measure_docs.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    table = json.loads((MEASURED / "measured.json").read_text(encoding="utf-8"))["closeness"]
+    assert script.moved(table, table) == []
+    for factor in (0.98, 1.02, float("nan")):
+        rows = [list(row) for row in table["rows"]]
+        rows[3][2] *= factor
+        (fault,) = script.moved(table, {**table, "rows": rows})
+        assert fault.startswith(f"{rows[3][0]} {rows[3][1]}, layer 0: ")
 
 
 def test_a_missing_name_is_found():

@@ -55,7 +55,7 @@ for axis, job, title in zip(axes, ("forward", "both"), ("forward", "forward and 
     axis.set_xticks(ticks, [str(n) for n in ticks])
     axis.set(title=title, xlabel="tokens")
 axes[0].set_ylabel("milliseconds")
-axes[0].legend(loc="upper left", fontsize=7)
+axes[1].legend(loc="lower right", fontsize=7)
 plt.show()
 
 # %%
