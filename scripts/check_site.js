@@ -33,8 +33,40 @@ window.look = (() => {
     return known.get(element);
   }
 
+  // the same number for elements that look alike: their tags, classes, styles and rows' parities, and their ancestors'
+  const paths = new Map(), numbers = new WeakMap();
+  function path(element) {
+    if (!element) return 0;
+    if (!numbers.has(element)) {
+      const own = `${path(element.parentElement)} ${element.tagName} ${element.getAttribute("class")} ` +
+        `${element.getAttribute("style")} ${element.tagName === "TR" ? element.rowIndex % 2 : ""}`;
+      if (!paths.has(own)) paths.set(own, paths.size + 1);
+      numbers.set(element, paths.get(own));
+    }
+    return numbers.get(element);
+  }
+
   const seen = (element) => element.checkVisibility({opacityProperty: true, visibilityProperty: true}) &&
     element.getClientRects().length > 0 && element.getBoundingClientRect().width > 1;
+
+  // one of each kind of text and formula that can be seen; what has text is the same by day and by night
+  let kinds = null;
+  function written() {
+    if (kinds) return kinds;
+    const found = new Map();
+    const add = (element) => {
+      const kind = path(element);
+      if (!found.has(kind) && seen(element)) found.set(kind, element);
+    };
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+      const parent = walker.currentNode.parentElement;
+      const set = () => !parent.closest("script, style, noscript, title, mjx-assistive-mml");
+      if (walker.currentNode.data.trim() && set()) add(parent);
+    }
+    document.querySelectorAll("mjx-container, math").forEach(add);
+    return (kinds = [...found.values()]);
+  }
 
   const name = (element) => {
     const text = (element.textContent || element.alt || "").trim().replace(/\s+/g, " ").slice(0, 40);
@@ -80,20 +112,14 @@ window.look = (() => {
       document.documentElement.dataset.theme = document.documentElement.dataset.mode = mode;
       const still = document.head.appendChild(document.createElement("style"));
       still.textContent = "*, ::before, ::after { transition: none !important; animation: none !important; }";
-      const known = new Map(), parents = new Set(), faults = new Map();
-      const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-      while (walker.nextNode()) {
-        const parent = walker.currentNode.parentElement;
-        if (walker.currentNode.data.trim() && !parent.closest("script, style, noscript, title, mjx-assistive-mml")) parents.add(parent);
-      }
-      for (const formula of document.querySelectorAll("mjx-container, math")) parents.add(formula);
-      for (const element of parents) {
+      const known = new Map(), faults = new Map();
+      for (const element of written()) {
         const style = getComputedStyle(element);
         const size = parseFloat(style.fontSize), heavy = parseInt(style.fontWeight) >= 700;
         const back = behind(element, known), ink = over(rgba(style.color), back);
         const found = ratio(ink, back), least = size >= 24 || (heavy && size >= 18.66) ? LEAST_LARGE : LEAST;
         const key = `${ink}|${back}`;
-        if (!(found >= least) && !faults.has(key) && seen(element)) {
+        if (!(found >= least) && !faults.has(key)) {
           faults.set(key, `contrast ${found.toFixed(1)}, less than ${least}: ${name(element)}, ${style.color} on rgb(${back.map(Math.round)})`);
         }
       }

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -178,6 +179,14 @@ def opened(program: str) -> Iterator[Browser]:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Files that may be kept: a page's scripts are loaded once for all pages."""
+
+    protocol_version = "HTTP/1.1"
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
+
     def log_message(self, *args: Any) -> None:
         pass
 
@@ -257,16 +266,17 @@ def chosen(site: Path) -> list[str]:
 
 def check(site: Path, program: str | None, term: str, shots: Path | None = None) -> tuple[int, list[str]]:
     """How many pages were looked at, and the faults."""
-    faults = broken_links(site)
     if program is None:
-        return 0, faults
-    names = chosen(site)
-    with served(site) as address, opened(program) as browser:
+        return 0, broken_links(site)
+    names, faults = chosen(site), []
+    with ThreadPoolExecutor(1) as beside, served(site) as address, opened(program) as browser:
+        links = beside.submit(broken_links, site)  # while the browser is at work
         for name in names:
             found = look(browser, address, name, shots)
             faults += [f"{name}: {x}" for x in found[: 3 * SHOWN]]
         if (site / "search.html").exists():
             faults += [f"search.html: {x}" for x in search(browser, address, term)]
+        faults += links.result()
     return len(names), faults
 
 
