@@ -29,10 +29,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Pages into docs/_build; warnings are errors, examples run."""
+    """Pages into docs/_build; warnings are errors, examples and the gallery run, a browser looks at all of them."""
     examples = ("--doctest-plus", "--doctest-modules", "--doctest-glob", "*.rst")
     session.run("python", "-m", "pytest", "-q", *examples, "linattn", "docs", env=ONE_THREAD)
     session.run("python", "-m", "sphinx", "-W", "-q", "docs", "docs/_build")
+    session.run("python", "scripts/check_site.py", "docs/_build")
 
 
 @nox.session

@@ -1,7 +1,8 @@
 """Measure what the docs say: tables of errors and times, written to docs/measured.
 
     python scripts/measure_docs.py [TABLE ...]    measures the tables (default: all) and writes them
-    python scripts/measure_docs.py --check        measures the errors again; exit 1 if one has more than doubled
+    python scripts/measure_docs.py --check        measures the errors again; exit 1 if one has more than doubled,
+                                                  or a distance from softmax has moved
 
 The yardsticks are the formulas of linattn/audit/quadratic.py and their complex-step derivatives.
 """
@@ -215,6 +216,125 @@ def length() -> tuple[str, list[str], list[list[Any]]]:
     return caption, ["mechanism", "keys and values", "tokens", *BACKENDS], rows
 
 
+def growth() -> tuple[str, list[str], list[list[Any]]]:
+    """float32 up to a million tokens, beside a running sum as one writes it first."""
+    dim, late, lengths = 16, 16, (1_000, 10_000, 100_000, 1_000_000)
+    attends = [la.Linear("elu1"), la.CosFormer(length=lengths[-1]), la.Performer(dim), la.LLN(alpha=1.0, beta=1.0)]
+    rows: list[list[Any]] = []
+    for family in ("random", "repeated"):
+        args = draw(0, np.dtype("float32"), *[(lengths[-1], dim)] * 3)
+        if family == "repeated":
+            args = [args[0], *(np.broadcast_to(abs(x[:1]), x.shape) for x in args[1:])]
+        for n_tokens in lengths:
+            some = [x[:n_tokens] for x in args]
+            last = slice(n_tokens - late, n_tokens)
+            for attend in attends:
+                answer = measure.oracle(attend, *some, causal=True, rows=last)
+                got = attend(*some, causal=True, backend="numba")[last]
+                error = measure.weighted_error(got, answer.out, answer.absolute)
+                rows.append([repr(attend), family, n_tokens, error])
+                if attend == la.Linear("elu1"):
+                    plain = running_sums(*some)[last]
+                    error = measure.weighted_error(plain, answer.out, answer.absolute)
+                    rows.append(["plain running sum, elu + 1", family, n_tokens, error])
+    caption = (
+        f"Largest weighted error of the last {late} rows in float32, causal, {dim} channels, backend numba; repeated: "
+        "the same key and value at every token. The plain running sum adds each token to a float32 state."
+    )
+    return caption, ["mechanism", "keys and values", "tokens", "error"], rows
+
+
+def running_sums(q: np.ndarray, k: np.ndarray, v: np.ndarray, piece: int = 2000) -> np.ndarray:
+    """Causal elu + 1: S <- S + phi_k[t] v1[t]^T token by token, all of it in the dtype of q."""
+    phi_q, phi_k = (np.where(x > 0, 1 + x, np.exp(np.minimum(x, 0))) for x in (q, k))
+    v1 = np.concatenate([v, np.ones_like(v[:, :1])], axis=-1)
+    state = np.zeros((1, k.shape[-1], v1.shape[-1]), q.dtype)
+    out = np.empty_like(v)
+    for a in range(0, len(q), piece):
+        own = slice(a, a + piece)
+        states = np.cumsum(np.concatenate([state, phi_k[own, :, None] * v1[own, None, :]]), axis=0, dtype=q.dtype)
+        num_den = (phi_q[own, None, :] @ states[1:])[:, 0]
+        out[own] = num_den[:, :-1] / num_den[:, -1:]
+        state = states[-1:]
+    return out
+
+
+def closeness() -> tuple[str, list[str], list[list[Any]]]:
+    """How close each mechanism's output is to softmax's on queries, keys and values of a transformer."""
+    from importlib.resources import files
+
+    with (files("linattn") / "data" / "minilm_qkv.npz").open("rb") as file, np.load(file) as arrays:
+        layers = [[arrays[f"{x}{layer}"].astype("float64") for x in "qkv"] for layer in (0, 2, 5)]
+    n_tokens = layers[0][0].shape[-2]
+    made: dict[str, Callable[[Any, Any], Any]] = {
+        "Linear('elu1')": lambda q, k: la.Linear("elu1"),
+        "Linear('relu')": lambda q, k: la.Linear("relu"),
+        f"CosFormer({n_tokens})": lambda q, k: la.CosFormer(n_tokens),
+        "Performer(256)": lambda q, k: la.Performer(256),
+        "Performer.accurate(q, k, n_features=256)": lambda q, k: la.Performer.accurate(q, k, n_features=256),
+        "LLN(scope='head', calibration='exact')": lambda q, k: la.LLN(scope="head", calibration="exact").calibrate(
+            q, k
+        ),
+        "LLNDiag(scope='head', calibration='exact')": lambda q, k: la.LLNDiag(
+            scope="head", calibration="exact"
+        ).calibrate(q, k),
+        "Combiner('fixed', span=16)": lambda q, k: la.Combiner("fixed", span=16),
+        "Combiner('fixed', span=16, pool='mean', size_bias=True)": lambda q, k: la.Combiner(
+            "fixed", span=16, pool="mean", size_bias=True
+        ),
+        "Combiner('logsparse')": lambda q, k: la.Combiner("logsparse"),
+    }
+    rows: list[list[Any]] = []
+    for name, make in made.items():
+        for causal in (False, True):
+            found = []
+            for q, k, v in layers:
+                exact = la.softmax_attention(q, k, v, causal=causal)
+                mean = la.Softmax()(np.zeros_like(q), k, v, causal=causal)  # of the values that each row sees
+                off = make(q, k)(q, k, v, causal=causal) - exact
+                found.append(np.linalg.norm(off, axis=(-2, -1)) / np.linalg.norm(mean - exact, axis=(-2, -1)))
+            each = np.array(found)
+            medians_of_layers = [float(x) for x in np.median(each, axis=-1)]
+            rows.append([name, called(causal), *medians_of_layers, float(np.min(each)), float(np.max(each))])
+    caption = (
+        "Distance of the output from softmax's, over the distance of the mean of the visible values from it: 0 is "
+        "softmax, 1 is worth no more than that mean. The packaged queries, keys and values, medians over the four "
+        "heads of a layer, and the best and the worst of all twelve heads."
+    )
+    heads = ["mechanism", "sees", "layer 0", "layer 2", "layer 5", "best head", "worst head"]
+    return caption, heads, rows
+
+
+def memory() -> tuple[str, list[str], list[list[Any]]]:
+    """Bytes of a call beyond its results, and of the state of a stream."""
+    dim = 64
+    rows: list[list[Any]] = []
+    lengths = (512, 2048, 8192)
+    for attend in (
+        la.Softmax(), la.Linear("elu1"), la.CosFormer(length=lengths[-1]), la.Performer(256),
+        la.LLN(alpha=1.0, beta=1.0), la.Combiner("fixed", span=64),
+    ):  # fmt: skip
+        for n_tokens in lengths:
+            *args, d_out = draw(0, np.dtype("float32"), *[(n_tokens, dim)] * 4)
+            run = partial(ours, attend, args, d_out, True, "numba")
+            run()  # compiles
+            call = peak(run) - 4 * d_out.nbytes
+            _, state = attend.step(*args, attend.init_state(*args[1:]))
+            rows.append([repr(attend), n_tokens, call / 1024, sum(x.nbytes for x in leaves(state.arrays)) / 1024])
+    caption = (
+        "KiB that a causal forward and backward take at most beyond inputs and results, and KiB of a stream's state "
+        f"after so many tokens; one head of {dim} channels, float32, backend numba."
+    )
+    return caption, ["mechanism", "tokens", "call", "state"], rows
+
+
+def leaves(arrays: Any) -> list[Any]:
+    """The arrays of a state, whose parts may be tuples or missing."""
+    if arrays is None:
+        return []
+    return [leaf for part in arrays for leaf in leaves(part)] if isinstance(arrays, tuple) else [arrays]
+
+
 def streaming() -> tuple[str, list[str], list[list[Any]]]:
     """Streams against the whole pass."""
     rows = []
@@ -425,7 +545,10 @@ TABLES: dict[str, Callable[[], tuple[str, list[str], list[list[Any]]]]] = {
     **{name: (lambda name=name: errors_of(name)) for name in ATTENDS},
     "errors": errors,
     "real": real,
+    "closeness": closeness,
     "length": length,
+    "growth": growth,
+    "memory": memory,
     "streaming": streaming,
     "frame": frame,
     "centring": centring,
@@ -434,20 +557,22 @@ TABLES: dict[str, Callable[[], tuple[str, list[str], list[list[Any]]]]] = {
     "speed": speed,
     "combiner_cost": combiner_cost,
 }
-ERROR_TABLES = [name for name in TABLES if name not in ("eps", "zero_rows", "speed", "combiner_cost")]
+UNCHECKED = "eps", "zero_rows", "speed", "combiner_cost", "growth"  # shares, times, and what takes a minute
+ERROR_TABLES = [name for name in TABLES if name not in UNCHECKED]
 GIVEN = {"tokens", "offset", "channels", "(3/4) to the number of channels", "layer"}  # columns that were put in
+FORMATS = {"times": ".1f", "KiB": ".0f", "error": ".2g"}
 NOISE = 2.0**-52  # below it an error of float64 is luck
 
 
 def shown(value: Any, unit: str) -> str:
     if isinstance(value, float):
-        return f"{value:.1f}" if unit == "times" else f"{value:.2g}"
+        return f"{value:{FORMATS[unit]}}"
     return f"``{value}``" if "(" in str(value) else str(value)
 
 
 def page(name: str, table: dict[str, Any], host: str) -> str:
     """The table in reStructuredText."""
-    unit = "times" if name == "speed" else "error"
+    unit = {"speed": "times", "memory": "KiB"}.get(name, "error")
     lines = [
         f".. Written by scripts/measure_docs.py {name}; not by hand.",
         "",
@@ -482,6 +607,16 @@ def grown(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return faults
 
 
+def moved(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Numbers that are a property of the mechanism, not of rounding, and differ from the committed ones by 1 %."""
+    return [
+        f"{now[0]} {now[1]}, {head}: {a:.3g} -> {b:.3g}"
+        for before, now in zip(old["rows"], new["rows"], strict=True)
+        for head, a, b in zip(new["heads"], before, now, strict=True)
+        if isinstance(b, float) and not abs(a - b) <= 0.01 * a
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
@@ -497,7 +632,8 @@ def main() -> int:
         start = time.perf_counter()
         table = dict(zip(("caption", "heads", "rows"), TABLES[name](), strict=True))
         if options.check:
-            faults += [f"{name}: {fault}" for fault in grown(stored[name], table)]
+            judge = moved if name == "closeness" else grown
+            faults += [f"{name}: {fault}" for fault in judge(stored[name], table)]
         else:
             stored[name] = table
             (FOLDER / f"{name}.rst").write_text(page(name, table, host()), encoding="utf-8")

@@ -157,7 +157,9 @@ class TestMechanismIsWhole:
         heads = ("Formula", "As features", "Gradient", "What to know", "Measured", "Differs from", "Source")
         assert [head for head in heads if f"\n{head}" not in page] == []
         assert f"measured/{module}.rst" in page
-        assert f"mechanisms/{module}" in (ROOT / "docs" / "index.rst").read_text(encoding="utf-8")
+        listed = (ROOT / "docs" / "mechanisms" / "index.rst").read_text(encoding="utf-8")
+        assert f":doc:`{module}`" in listed
+        assert f"\n   {module}\n" in listed
 
     def test_options_are_keyword_only_and_in_one_order(self, kind):
         own = list(inspect.signature(kind).parameters)

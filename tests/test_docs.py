@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import os
 import re
@@ -99,6 +101,74 @@ def test_measured_tables_are_shown(name):
     assert page.startswith(f".. Written by scripts/measure_docs.py {name}; not by hand.")
     pages = [file.read_text(encoding="utf-8") for file in (ROOT / "docs").rglob("*.rst")]
     assert any(f"measured/{name}.rst" in page for page in pages)
+
+
+DOCUMENTED = (
+    "linattn",
+    "linattn.instruments",
+    "linattn.regions",
+    "linattn.interop.torch",
+    "linattn.interop.jax",
+    "linattn.distributed",
+    "linattn.audit.quadratic",
+    "linattn.audit.measure",
+)
+
+
+def public(module):
+    """`__all__` of a module, read and not imported: torch or JAX need not be there."""
+    path = ROOT.joinpath(*module.split("."))
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
+    (names,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    )
+    return {f"{module}.{name}" for name in names}
+
+
+def referenced(page):
+    """Full names of all that a page of the API shows."""
+    found, module = set(), ""
+    for kind, name, options in re.findall(
+        r"^ *\.\. (currentmodule|auto\w+):: (\S+)\n((?: +:.*\n)*)", page, flags=re.MULTILINE
+    ):
+        if kind in ("currentmodule", "automodule"):
+            module = name
+        if kind == "automodule":
+            found.add(name)
+            members = re.search(r":members:(.*)", options)
+            listed = [x.strip() for x in members[1].split(",") if x.strip()] if members else []
+            found |= {f"{name}.{x}" for x in listed} or public(name)
+        elif kind != "currentmodule":
+            found |= {name, f"{module}.{name}"}
+    return found
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_every_public_name_is_documented(module):
+    assert len(public(module)) > 0
+    assert public(module) - referenced(text("docs/api/index.rst")) == set()
+
+
+def test_a_distance_that_moved_is_found():
+    """Closeness to softmax is compared both ways, within a hundredth."""
+    spec = importlib.util.spec_from_file_location("measure_docs", ROOT / "scripts" / "measure_docs.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    table = json.loads((MEASURED / "measured.json").read_text(encoding="utf-8"))["closeness"]
+    assert script.moved(table, table) == []
+    for factor in (0.98, 1.02, float("nan")):
+        rows = [list(row) for row in table["rows"]]
+        rows[3][2] *= factor
+        (fault,) = script.moved(table, {**table, "rows": rows})
+        assert fault.startswith(f"{rows[3][0]} {rows[3][1]}, layer 0: ")
+
+
+def test_a_missing_name_is_found():
+    assert "linattn.gone" not in referenced(text("docs/api/index.rst"))
+    page = text("docs/api/index.rst").replace(".. autofunction:: cosformer\n", "")
+    assert public("linattn") - referenced(page) == {"linattn.cosformer"}
 
 
 def test_pages_include_tables_that_exist():

@@ -1,0 +1,5 @@
+"""Pages and programs that a build writes are not tests."""
+
+from __future__ import annotations
+
+collect_ignore = ["_build", "_ext", "gallery"]
