@@ -140,10 +140,10 @@ class Passes:
         if not isinstance(after, LogLinearState):
             return None
         _, k, v, _, constants, where = self.kept_keys
-        plan = log_features.pieces(0, k.shape[-2], False, k)[:-1]  # the last is of the queries
+        xp, call, features = self.xp, self.keys_call, self.attend._log_features(constants, self.keys_call)
+        plan = log_features.pieces(features, 0, k, False)[:-1]  # the last is of the queries
         if len(plan) < 2:
             return None
-        xp, call, features = self.xp, self.keys_call, self.attend._log_features(constants, self.keys_call)
         nothing = self.xp.zeros_like(after.sums)
         outgoing = LogLinearState(nothing, nothing, self.own.gauge)  # of all keys: what `after` is in units of
         parts = []

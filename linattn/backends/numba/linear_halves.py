@@ -19,19 +19,11 @@ from . import threads
 from ._calls import DIMS, MASK, TABLE, WORTH_SHARING, delivered, reads, writes
 from ._jit import compile_kernel
 from ._layout import SAFE, described, flat, kind_of, loadable, scratch
-from ._linear import (
-    D_K,
-    D_Q,
-    D_V,
-    divisors,
-    fill_up,
-    query_features,
-    rows_of_state,
-    store_cotangent,
-    visible_mean,
-)
+from ._linear import D_K, D_Q, D_V
 from ._products import product_add, settle
+from ._prologues import divisors, fill_up, query_features
 from ._rows import clear_rows, collect_weighted, copy_rows, divide_rows
+from ._states import rows_of_state, store_cotangent, visible_mean
 from ._tiles import CHUNK, SETTLE, TILE
 from ._vector import behind, pointer
 from .linear import kernel, layout, operands
