@@ -76,6 +76,7 @@ def test_ranks_are_one_process(attend, causal, rng):
 def test_long_shards_go_piece_by_piece(monkeypatch, rng):
     """The log-linear engine's keys alone, which no query of their rank reads."""
     monkeypatch.setattr(log_features, "PIECE", 4)
+    monkeypatch.setattr(log_features, "WHOLE", 0)
     args, d_out = rng.normal(size=(3, 2, 23, 4)), rng.normal(size=(2, 23, 4))
     for attend in (la.LLN(alpha=(30.0, 0.5), beta=(20.0, 0.6)), la.Performer(12, seed=0), la.Performer(12, eps=0.1)):
         want, backward = attend.vjp(*args, causal=True)
