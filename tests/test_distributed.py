@@ -349,7 +349,7 @@ def test_mpi(size, what):
 
 
 @pytest.mark.mpi4py
-@pytest.mark.parametrize("size, what", [(1, "scanned"), (4, "scanned"), (3, "order"), (4, "order")])
+@pytest.mark.parametrize("size, what", [(4, "scanned"), (3, "order")])
 def test_mpi_scans_by_the_engines_merge(size, what):
     run = mpi(size, what)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -460,7 +460,7 @@ def test_refusals(rng):
         (ValueError, "needs N == M", lambda: run(q[:, :3], k, v, attend, cu_seqlens=torch.tensor([0, 5]))),
         (TypeError, "`positions` is for CosFormer", lambda: run(q, k, v, attend, positions=torch.arange(5))),
         (ValueError, "`backend` must be one of", lambda: run(q, k, v, attend, backend="fast")),
-        (ValueError, "no operator for torch tensors", lambda: run(q, k, v, attend, backend="cupy")),
+        (ValueError, "no operator for tensors on cpu", lambda: run(q, k, v, attend, backend="cupy")),
         (ValueError, "cannot be causal", lambda: run(q, k, v, la.CosFormer(), causal=True)),
         (ValueError, "outside 0 .. length", lambda: run(q, k, v, la.CosFormer(3), causal=True)),
         (
