@@ -80,7 +80,7 @@ html_theme_options = {
 html_show_sourcelink = False
 html_domain_indices = False
 html_context = {"default_mode": "auto"}
-html_sidebars = {"index": [], "choose": [], "search": [], "**": ["sidebar-nav-bs"]}
+html_sidebars = {"index": [], "choose": [], "api/index": [], "search": [], "**": ["sidebar-nav-bs"]}
 
 # Formulas are set by MathJax 3 from these pages themselves: no other site is asked.
 mathjax = Path(import_module("sphinx-mathjax-offline").__file__).parent / "static" / "mathjax" / "tex-svg.js"

@@ -253,8 +253,11 @@ def look(browser: Browser, address: str, name: str, shots: Path | None) -> list[
 
 def search(browser: Browser, address: str, term: str) -> list[str]:
     faults = visit(browser, address, f"search.html?q={term}")
-    found = browser.evaluate("look.found()")
-    return faults if found else [*faults, f"the search does not find {term}"]
+    if not browser.evaluate("look.found()"):
+        faults.append(f"the search does not find {term}")
+    for mode in ("light", "dark"):
+        faults += [f"{mode}: {x}" for x in browser.evaluate(f"look.contrast('{mode}')")]
+    return faults
 
 
 def chosen(site: Path) -> list[str]:
