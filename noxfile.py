@@ -65,6 +65,45 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def counts(session: nox.Session) -> None:
+    """Instructions of a few calls beside the base's, at most 5 % more, and errors beside the published ones."""
+    session.run("python", "scripts/compare_counts.py", *session.posargs)
+    if not session.posargs:
+        session.run("python", "-m", "linattn", "audit", "--against", "docs/measured/audit.json", env=ONE_THREAD)
+
+
+@nox.session
+def history(session: nox.Session) -> None:
+    """A small benchmark over what landed on main, newest last; then pages that need no network."""
+    which = session.posargs or ["--steps", "12", "main"]
+    with session.chdir("asv_bench"):
+        session.run("asv", "machine", "--yes", "--machine", "local")
+        measured = [0, 2]  # 2: commits that this benchmark cannot run on are told, and left out
+        session.run("asv", "run", "-m", "local", "--skip-existing", "-b", "Landed", *which, success_codes=measured)
+    publish(session)
+
+
+@nox.session
+def publish(session: nox.Session) -> None:
+    """asv's results as pages that need no network, opened in a browser that has none."""
+    session.run("python", "scripts/publish_benchmarks.py", "--check")
+
+
+@nox.session
+def new(session: nox.Session) -> None:
+    """All the pieces of a new mechanism, red until they are filled in: `nox -s new -- Nystrom`."""
+    session.run("python", "scripts/new.py", *session.posargs)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """A release without the upload: built, checked, installed into a clean environment outside, tested there."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", f"{folder}/dist")
+        session.run("python", "scripts/release.py", folder)
+
+
+@nox.session
 def kernels(session: nox.Session) -> None:
     """CUDA kernels without a GPU: compile all within their budgets, plant all faults."""
     session.run("python", "scripts/kernel_budgets.py", *session.posargs)

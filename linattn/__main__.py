@@ -61,7 +61,9 @@ def build_parser() -> Parser:
     audit.add_argument("--backend", metavar="B", help="only this one: reference or numba")
     how_much = audit.add_mutually_exclusive_group()
     how_much.add_argument("--quick", action="store_true", help="a minute or two, the default")
-    how_much.add_argument("--full", action="store_true", help="more seeds and a million tokens: up to an hour")
+    how_much.add_argument(
+        "--full", action="store_true", help="more seeds, all of 16 bits, a million tokens: ten minutes"
+    )
     audit.add_argument("--json", metavar="F", help="write all figures, and what they were measured on, to this file")
     audit.add_argument("--md", metavar="F", help="write the tables: Markdown, or reStructuredText if it ends in .rst")
     audit.add_argument("--against", metavar="FILE", help="fail if a figure of this earlier --json has grown")

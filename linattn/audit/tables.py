@@ -42,15 +42,14 @@ def distinct(figures: Iterable[Figure], of: Callable[[Figure], str]) -> list[str
     return list(dict.fromkeys(map(of, figures)))
 
 
-def tables(figures: list[Figure], peers: Sequence[Row] = ()) -> list[Table]:
-    """All tables that these figures fill."""
-    filled = [
-        *(make(figures) for make in (summary, enclosures, narrow, long)),
-        *families(figures),
-        unclaimed(figures),
-        others(peers),
-    ]
-    return [table for table in filled if table.rows]
+def tables(figures: list[Figure], peers: Sequence[Row] = (), *, whole: bool = True) -> list[Table]:
+    """All tables that these figures fill; or a summary, without those of single families."""
+    filled = [make(figures) for make in (summary, enclosures, narrow, long)]
+    if whole:
+        filled += [*families(figures), unclaimed(figures)]
+    else:
+        filled = [table._replace(title=f"{table.title}, full audit") for table in filled]
+    return [table for table in [*filled, others(peers)] if table.rows]
 
 
 def summary(figures: list[Figure]) -> Table:
