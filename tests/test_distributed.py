@@ -17,7 +17,7 @@ import linattn as la
 from linattn import distributed
 from linattn.audit.measure import relative_error
 from linattn.backends.numba import linear_halves
-from linattn.distributed import communicators
+from linattn.distributed import communicators, exchange
 from linattn.engines import log_features
 
 VALUES = [
@@ -174,7 +174,7 @@ def test_bytes_do_not_grow_with_the_sequence(rng):
         _, comms = on_ranks(la.Linear(), args, d_out, [0, n // 2, n], causal=True)
         sent.append({comm.bytes_sent for comm in comms})
     state = 2 * 2 * 4 * 5 * 8  # sums and rest, heads, R, E + 1, bytes
-    assert sent[0] == sent[1] == {3 * distributed.TEXT + 16 + 2 * state}
+    assert sent[0] == sent[1] == {3 * exchange.TEXT + 16 + 2 * state}
 
 
 def test_states_are_gathered_while_they_fit(monkeypatch):
@@ -193,8 +193,8 @@ def test_a_scan_holds_fewer_bytes(rng):
         _, comms = on_ranks(la.Linear(), args, d_out, [0, 3, 6, 9, 12, 15, 18, 21, 24], scan=scan, causal=True)
         held[scan] = max(comm.bytes_received for comm in comms)
     state = 2 * 2 * 4 * 5 * 8
-    assert held["gather"] == 7 * (3 * distributed.TEXT + 16 + 2 * state)
-    assert held["exscan"] == 7 * (distributed.TEXT + 16 + 2 * 2) + 4 * state  # flags; scan and total, twice
+    assert held["gather"] == 7 * (3 * exchange.TEXT + 16 + 2 * state)
+    assert held["exscan"] == 7 * (exchange.TEXT + 16 + 2 * 2) + 4 * state  # flags; scan and total, twice
 
 
 def test_a_failure_is_heard_before_a_scan(rng):

@@ -12,7 +12,6 @@ verbs.py has the two verbs, states.py what is done to states, exchange.py how th
 from __future__ import annotations
 
 from linattn.distributed.communicators import Communicator, LocalComm, MPIComm, run_local
-from linattn.distributed.exchange import TEXT
 from linattn.distributed.verbs import attention, vjp
 
-__all__ = ["TEXT", "Communicator", "LocalComm", "MPIComm", "attention", "run_local", "vjp"]
+__all__ = ["Communicator", "LocalComm", "MPIComm", "attention", "run_local", "vjp"]
