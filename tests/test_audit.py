@@ -495,3 +495,16 @@ def test_the_published_tables_are_those_of_the_published_figures():
     ratios = [f.ratio for f in figures if f.ratio is not None]
     assert len(ratios) > 1000
     assert max(ratios) <= 1
+
+
+def test_a_full_audit_is_shown_by_its_summary():
+    """The tables over all families, not one for each value."""
+    file = Path(__file__).resolve().parent.parent / "docs" / "measured" / "audit.json"
+    figures = verdict.figures_from(json.loads(file.read_text(encoding="utf-8")))
+    whole, summary = tables.tables(figures), tables.tables(figures, whole=False)
+    assert [table.title for table in summary] == [f"{table.title}, full audit" for table in whole[: len(summary)]]
+    assert len(summary) == 4
+    assert [table.rows for table in summary] == [table.rows for table in whole[:4]]
+    plan = list(survey.cases(["Linear", "CosFormer"], True))
+    assert max(case.n for case in plan) == 1_000_000
+    assert len(plan) > 2 * len(list(survey.cases(["Linear", "CosFormer"], False)))

@@ -128,3 +128,28 @@ def test_a_new_mechanism_has_all_its_pieces_and_is_red(script, tmp_path):
 def test_a_name_that_cannot_be_is_refused(script, name, tmp_path):
     with pytest.raises(ValueError, match=r"`NAME` must be"):
         script("new").write(name, ROOT if name == "Softmax" else tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- releases
+
+
+def test_release_notes_are_those_of_the_version(script, tmp_path):
+    release = script("release")
+    changelog = "# Changelog\n\n## 0.2.0\n\n- new\n\n### Numerics\n\nnone\n\n## 0.1.0\n\n- old\n"
+    assert release.notes(changelog, "0.2.0.dev3").startswith("0.2.0\n\n- new")
+    assert "old" not in release.notes(changelog, "0.2.0")
+    with pytest.raises(ValueError, match=r"one heading for 0\.3\.0, got 0"):
+        release.notes(changelog, "0.3.0")
+    with pytest.raises(ValueError, match=r"a heading Numerics for 0\.1\.0"):
+        release.notes(changelog, "0.1.0")
+    for name in ("a-1.0-py3-none-any.whl", "a-1.0.tar.gz"):
+        (tmp_path / name).touch()
+    assert [file.name for file in release.files(tmp_path, "1.0")] == ["a-1.0-py3-none-any.whl", "a-1.0.tar.gz"]
+    with pytest.raises(ValueError, match=r"must be of version 1\.1"):
+        release.files(tmp_path, "1.1")
+
+
+def test_the_changelog_has_notes_for_this_version(script):
+    import linattn as la
+
+    assert "### Added" in script("release").notes((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), la.__version__)
