@@ -5,7 +5,7 @@
     linattn/audit/quadratic.py        the formula that judges it
     linattn/audit/rigorous.py         the same formula in balls; subjects.py: its row
     tests/cases.py                    a case, which every property test takes up
-    docs/mechanisms/<name>.rst        its page; docs/index.rst and docs/api/index.rst: their lines
+    docs/mechanisms/<name>.rst        its page; docs/mechanisms/index.rst and docs/api/index.rst: their lines
     scripts/measure_docs.py           the table of its errors
     asv_bench/benchmarks/attention.py its row
     CHANGELOG.md                      its line
@@ -154,6 +154,9 @@ SOFTMAX = "from linattn.mechanisms.softmax import"
 
 # file, a line that stands there once, what comes before it
 BEFORE = (
+    ("docs/mechanisms/index.rst", "   * - :doc:`softmax`\n",
+     ("   * - :doc:`FUNCTION`\n     - its weights before they are normalised\n"
+     "     - :doc:`linear <../engines/linear>`\n")),
     ("linattn/__init__.py", SOFTMAX, "from linattn.mechanisms.FUNCTION import NAME, FUNCTION\n"),
     ("linattn/__init__.py", '    "Plan",\n', '    "NAME",\n'),
     ("linattn/__init__.py", '    "regions",\n', '    "FUNCTION",\n'),
@@ -171,7 +174,7 @@ AFTER = (
     ("tests/cases.py", "\nVALUES = [\n", "    la.NAME(),\n"),
     ("asv_bench/benchmarks/attention.py", "\nATTENDS = [\n", "    la.NAME(),\n"),
     ("scripts/measure_docs.py", "\nATTENDS = {\n", '    "FUNCTION": [la.NAME()],\n'),
-    ("docs/index.rst", "   mechanisms/softmax\n", "   mechanisms/FUNCTION\n"),
+    ("docs/mechanisms/index.rst", "   combiner\n   softmax\n", "   FUNCTION\n"),
     ("docs/api/index.rst", ".. autoclass:: Softmax\n", "\n.. autoclass:: NAME\n"),
     ("docs/api/index.rst", ".. autofunction:: softmax_attention\n", "\n.. autofunction:: FUNCTION\n"),
     ("CHANGELOG.md", "### Added\n\n", "- `NAME`: in one sentence.\n"),
