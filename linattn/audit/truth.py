@@ -1,7 +1,8 @@
 """What a result should be and how large an error the bound allows: the definition's output and cotangents, and for
 each entry the sum of its absolute terms, in float64 or, where the processor has it, in extended precision.
 
-With features, a_ts = Phi_q[t] . Phi_k[s] (`quadratic.FEATURES`); others: truth_scores.py, truth_logs.py.
+With features, a_ts = Phi_q[t] . Phi_k[s] (`quadratic.FEATURES`); others: truth_scores.py, truth_logs.py,
+truth_regions.py.
 
     A = a / c,   h_ts = g_t . (v_s - mu),   H_t = sum_s A_ts h_ts
     d_a_ts = (h_ts - H_t) / c_t             d_v = A^T g

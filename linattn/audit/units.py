@@ -1,7 +1,7 @@
 """What an error is measured by: the truth of a call, the sizes of its terms, and one unit of the bound.
 
-The oracles of the engines, in truth.py, truth_scores.py and truth_logs.py, fill a `Truth`; `Truth.unit` is what T
-divides an error by.
+The oracles of the engines, in truth.py, truth_scores.py, truth_logs.py and truth_regions.py, fill a `Truth`;
+`Truth.unit` is what T divides an error by.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Attention(nn.Module):
         Whether the projections have one.
     batch_first : bool
         Tokens are (batch, N, embed_dim), else (N, batch, embed_dim).
-    backend : {"reference", "numba"}, optional
+    backend : {"reference", "numba", "cupy"}, optional
         See `attention`.
     device, dtype
         Of the parameters.

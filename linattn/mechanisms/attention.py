@@ -36,7 +36,7 @@ class State:
     attend : Attention
         The value that made the state; no other can go on with it.
     arrays : NamedTuple
-        The engine's arrays: `LinearState(sums, rest)` or `SoftmaxState(k, v, visible)`.
+        The engine's arrays by name: `LinearState(sums, rest)`, `SoftmaxState(k, v, visible)`, ...
     start, position : int
         Position of the first token of the state and of the next one.
     """

@@ -1,4 +1,4 @@
-"""What the wrappers of both engines share: types, results, and the division of a call among threads."""
+"""What the wrappers of all engines share: types, results, and the division of a call among threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from itertools import pairwise
 import numpy as np
 from numba import types
 
-__all__ = ["delivered", "flat_result", "parts", "reads", "spans", "summed", "usable", "writes"]
+__all__ = [
+    "DIMS", "MASK", "NO_MASK", "TABLE", "WORTH_SHARING",
+    "delivered", "flat_result", "parts", "reads", "spans", "summed", "usable", "writes",
+]  # fmt: skip
 
 WORTH_SHARING = 2.0e7  # multiply-adds, about 0.4 ms: a hand-over costs a twentieth of it
 LONGEST = 5.0e9  # multiply-adds a compiled call should not exceed, so that Ctrl-C is heard within 0.2 s

@@ -36,7 +36,7 @@ _status = {"cache": "not used yet"}
 
 
 def cache_status() -> str:
-    """One line for `info`: where compiled kernels are kept, or why they are not."""
+    """One line: where this process found or kept its last kernel, or why nowhere; what to expect: `describe`."""
     return _status["cache"]
 
 
