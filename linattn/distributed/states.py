@@ -6,7 +6,7 @@ free of units: as a state of gauge -G it merges as states do.
 
 Gradients of normalised attention do not change if all values are shifted by one vector. In float32 the backward shifts
 them by their weighted mean, which every rank knows from the states, and the states with them, or makes the states again
-where a room kept no compensation: nothing cancels where values are far from zero.
+where a room kept no compensation: less cancels where values are far from zero.
 """
 
 from __future__ import annotations
